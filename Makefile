@@ -1,0 +1,102 @@
+# Every target sets up what it needs on a machine that has Python 3.11 or newer, make and access to a package index.
+# `make help` lists them. Another interpreter: make PYTHON=/path/to/python3 test
+
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+.DELETE_ON_ERROR:
+
+PYTHON ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+BIN := $(VENV)/bin
+READY := $(VENV)/.made-by-make
+CODE := vllm_bootstrap tests scripts bench
+
+# The environment with a real vLLM for the CPU; may be one that exists already.
+VLLM_ENGINE_ENV ?= .engine
+UV ?= uv
+ARGS ?=
+
+$(READY): requirements-dev.lock pyproject.toml scripts/make_venv.sh
+	@echo "Setting up $(VENV) ..."
+	@scripts/make_venv.sh $(VENV) $(PYTHON)
+	@$(PY) -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+.PHONY: setup
+setup: $(READY)  ## make .venv from the locked requirements
+
+.PHONY: run server
+run server: $(READY)  ## start the daemon on 127.0.0.1:8000 with the settings in .env, if there (ARGS='--port 9000')
+	$(BIN)/vllm-bootstrap serve $(if $(wildcard .env),--env-file .env) $(ARGS)
+
+.PHONY: demo
+demo: $(READY)  ## launch, chat and stop with the simulator: no GPU, no vLLM
+	$(BIN)/vllm-bootstrap demo $(ARGS)
+
+.PHONY: test
+test: $(READY)  ## all tests but those that need a real vLLM or a GPU
+	$(PY) -m pytest $(ARGS)
+
+.PHONY: test-vllm
+test-vllm: $(READY)  ## tests against a real vLLM (CPU build, made in .engine/ the first time)
+	@$(PY) scripts/engine_env.py $(VLLM_ENGINE_ENV)
+	VLLM_ENGINE_ENV=$(VLLM_ENGINE_ENV) $(PY) -m pytest -m vllm tests/vllm $(ARGS)
+
+.PHONY: lint-verify
+lint-verify: $(READY)  ## style, formatting and types; changes nothing
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/mypy $(wildcard scripts/*.py)
+
+.PHONY: format
+format: $(READY)  ## apply the formatter and the safe fixes
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+.PHONY: validate
+validate: lint-verify test  ## lint-verify and test
+
+.PHONY: check
+check: lint-verify architecture coverage  ## lint-verify, architecture rules, and the tests with the coverage gate
+
+.PHONY: architecture
+architecture: $(READY)
+	$(PY) -m pytest tests/test_architecture.py tests/test_repository.py
+
+.PHONY: coverage
+coverage: $(READY)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(ARGS)
+	@$(PY) scripts/check_coverage.py
+
+.PHONY: chaos
+chaos: $(READY)  ## random starts, stops and kill -9 of everything, 200 rounds (ARGS='--rounds 1000 --seed 1')
+	$(PY) -m bench.chaos $(ARGS)
+
+.PHONY: bench
+bench: $(READY)  ## all measurements of docs/benchmarks.md but the proxy's
+	$(PY) -m bench.daemon $(ARGS)
+
+.PHONY: bench-proxy
+bench-proxy: $(READY)  ## what a proxied request and chunk cost: direct, nginx, ours
+	$(PY) -m bench.proxy $(ARGS)
+
+# Only here uv is needed. [tool.uv] in pyproject.toml says up to which day releases are considered.
+COMPILE := $(UV) pip compile -q --universal --generate-hashes --no-header --no-annotate --python-version 3.11
+.PHONY: lock
+lock:  ## remake the requirements*.lock files (needs uv; LOCK_ARGS=--upgrade for newer releases)
+	$(COMPILE) $(LOCK_ARGS) pyproject.toml -o requirements.lock
+	$(COMPILE) $(LOCK_ARGS) pyproject.toml --group dev -c requirements.lock -o requirements-dev.lock
+	$(COMPILE) $(LOCK_ARGS) --group build -c requirements-dev.lock -o requirements-build.lock
+
+.PHONY: clean
+clean:  ## remove what make made, .engine/ included
+	rm -rf $(VENV) .engine build dist *.egg-info htmlcov coverage.json .coverage* .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+.PHONY: help
+help:  ## this list
+	@grep -hE '^[a-z][a-z -]*:.*  ## ' $(MAKEFILE_LIST) | sed 's/:.*  ## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
