@@ -1,0 +1,84 @@
+"""``python -m vllm_bootstrap.engines.simulator``: parse, start, serve, stop. Exit codes are vLLM's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from vllm_bootstrap.engines.simulator import mockgpu
+from vllm_bootstrap.engines.simulator.boot import Boot, Died, Interrupted
+from vllm_bootstrap.engines.simulator.knobs import Options, parse
+from vllm_bootstrap.engines.simulator.tree import EngineProcess
+
+INTERRUPTED = 130
+CORE_GRACE_S = 3.0
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one simulator until it is stopped. Returns the exit code."""
+    options = parse(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent that ignores it must not keep us from waiting
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN if options.ignore_sigterm else _interrupt)
+    boot = Boot(options, os.environ)
+    try:
+        _claim_memory(options, options.mock_memory_bytes)
+        return _serve(options, boot.run(), boot.core)
+    except Died as exc:
+        return exc.code
+    except Interrupted:
+        return INTERRUPTED
+    finally:
+        _stop(options, boot.core)
+
+
+def _stop(options: Options, core: EngineProcess | None) -> None:
+    time.sleep(options.slow_stop)
+    if core is not None:
+        core.stop(CORE_GRACE_S)
+    _claim_memory(options, -options.mock_memory_bytes)
+
+
+def _claim_memory(options: Options, memory: int) -> None:
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if memory and options.mock_memory_file:
+        mockgpu.claim(Path(options.mock_memory_file), filter(None, devices), memory)
+
+
+def _serve(options: Options, sock: socket.socket, core: EngineProcess | None) -> int:
+    # Only now: until here the start is small, and children are forked without an event loop in them.
+    import asyncio  # noqa: PLC0415 - imported late on purpose
+
+    from vllm_bootstrap.engines.simulator.server import serve  # noqa: PLC0415 - imported late on purpose
+
+    assert core is not None  # noqa: S101
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        code: int = runner.run(serve(options, os.environ, sock, core))
+    return code
+
+
+def _loop_factory() -> Any:
+    try:
+        import uvloop  # noqa: PLC0415 - imported late on purpose
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    # A second signal must not break off the end: the children would be left.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    raise Interrupted
+
+
+if __name__ == "__main__":
+    sys.exit(main())

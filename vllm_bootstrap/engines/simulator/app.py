@@ -1,0 +1,90 @@
+"""What all routes share: the options, the batch, the counters, and what was received. No sockets, no signals."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vllm_bootstrap.engines.simulator.http import Exchange
+from vllm_bootstrap.engines.simulator.knobs import Options
+from vllm_bootstrap.engines.simulator.metrics import Metrics
+from vllm_bootstrap.engines.simulator.model import Model, Timer
+from vllm_bootstrap.engines.simulator.text import Vocabulary
+
+RECORDED_REQUESTS = 200
+RECORDED_BODY_BYTES = 64 * 1024
+HANG = "hang"
+CallLater = Callable[[float, Callable[[], None]], Timer]
+
+
+class App:
+    """State of a running simulator. ``on_answered`` is called after each answered inference request."""
+
+    def __init__(
+        self, options: Options, env: Mapping[str, str], *, clock: Callable[[], float], call_later: CallLater
+    ) -> None:
+        self.options = options
+        self.names = list(options.names)
+        self.started = int(time.time())
+        self.context_length = options.context_length
+        self.tasks = options.task_set
+        self.may_load_adapters = env.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").lower() in ("1", "true")
+        self.key = env.get("VLLM_API_KEY") or None
+        self.metrics = Metrics()
+        self.vocabulary = Vocabulary()
+        self.call_later = call_later
+        self.batch = Model(
+            slots=options.max_num_seqs,
+            tokens_per_second=options.tokens_per_second,
+            prefill_tokens_per_second=options.prefill_tokens_per_second,
+            capacity_tokens=self.context_length * options.max_num_seqs,
+            metrics=self.metrics,
+            clock=clock,
+            call_later=call_later,
+        )
+        self.received: deque[dict[str, Any]] = deque(maxlen=RECORDED_REQUESTS)
+        self.draining = False
+        self.accepted = 0
+        self.answered = 0
+        self.on_answered: Callable[[int], None] = lambda _: None
+
+    def accept(self) -> None:
+        """Count an inference request that goes to the batch."""
+        self.accepted += 1
+        if self.options.hang_after and self.accepted > self.options.hang_after:
+            self.batch.freeze(HANG)
+
+    def finished(self) -> None:
+        self.answered += 1
+        self.on_answered(self.answered)
+
+    def request_id(self, exchange: Exchange, prefix: str) -> str:
+        """The id of an answer: the caller's ``X-Request-Id`` with the API's prefix, as vLLM makes it."""
+        given = exchange.header(b"x-request-id")
+        return f"{prefix}{given.decode('latin-1') if given else uuid.uuid4().hex}"
+
+    def record(self, exchange: Exchange) -> None:
+        """Remember what arrived, exactly, when asked to."""
+        if self.options.echo_headers and not exchange.path.startswith("/debug/"):
+            self.received.append(
+                {
+                    "method": exchange.method,
+                    "target": exchange.target.decode("latin-1"),
+                    "http_version": exchange.version,
+                    "headers": [[key.decode("latin-1"), value.decode("latin-1")] for key, value in exchange.headers],
+                    "body_bytes": exchange.size,
+                    "body_sha256": hashlib.sha256(exchange.body).hexdigest(),
+                    "body": exchange.body[:RECORDED_BODY_BYTES].decode("latin-1"),
+                }
+            )
+
+    def gauges(self) -> dict[str, float]:
+        return {
+            "num_requests_running": self.batch.running,
+            "num_requests_waiting": self.batch.waiting,
+            "kv_cache_usage_perc": self.batch.cache_usage,
+        }
