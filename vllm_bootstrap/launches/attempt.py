@@ -1,0 +1,384 @@
+"""One attempt of a launch, from waiting for its GPUs to the moment they are free again. All its IO lives here.
+
+Invariant: ``run`` posts facts to the launch's owner and decides nothing about states; its last post is always
+``released``, after the process tree was seen dead and the GPUs settled or were given up. It must not know the store
+beyond its own attempt row, nor any other launch.
+
+Order of birth: baseline stored → shim spawned → its identity stored → "go" → engine's identity stored. A crash of the
+daemon between any two of them leaves something that the next start finds (see ``recovery``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vllm_bootstrap.engines import probe
+from vllm_bootstrap.engines.base import Engine, EngineCommand, EngineContext, FailureClass, LaunchSpec, Placement
+from vllm_bootstrap.errors import StorageFailed
+from vllm_bootstrap.launches import observing
+from vllm_bootstrap.launches.config import SupervisorConfig
+from vllm_bootstrap.launches.context import ContextMaker
+from vllm_bootstrap.launches.downloads import blobs_dir
+from vllm_bootstrap.launches.durably import durably
+from vllm_bootstrap.launches.ending import Outcome
+from vllm_bootstrap.launches.gpu_release import GpuRelease
+from vllm_bootstrap.launches.lifecycle import Event
+from vllm_bootstrap.launches.liveness import Liveness, Verdict, boot_timed_out, unwatched_s
+from vllm_bootstrap.launches.logs import LogReader
+from vllm_bootstrap.launches.process import ProcessHost, Shim, ShimLost, ShimRefused
+from vllm_bootstrap.launches.progress import STARTING, WAITING_FOR_GPU, StartProgress
+from vllm_bootstrap.launches.start_gate import StartGate, Ticket
+from vllm_bootstrap.launches.store import LaunchStore
+from vllm_bootstrap.launches.types import ExitRecord, StartOrder
+from vllm_bootstrap.serving import Endpoint
+
+log = logging.getLogger(__name__)
+
+READY_POLL_S = 0.25
+STOP_RETRY_S = 1.0
+# What a round of looking may take beyond its own pauses and time limits before it means that we were frozen.
+SLACK_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """A fact for the owner: an event of the lifecycle with its attempt, and what belongs to it."""
+
+    attempt: int
+    event: Event | None = None
+    outcome: Outcome | None = None
+    unresponsive: bool | None = None
+    detail: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptDeps:
+    """What attempts share."""
+
+    config: SupervisorConfig
+    store: LaunchStore
+    host: ProcessHost
+    gate: StartGate
+    gpus: GpuRelease
+    contexts: ContextMaker
+
+
+class StoppedBeforeStart(Exception):
+    """A stop was asked for before anything was spawned."""
+
+
+class Attempt:
+    """See the module. ``resumed`` continues an attempt that an earlier daemon began, with the shim it left
+    (``adopted``); ``finished`` and ``lost`` only bury one."""
+
+    def __init__(
+        self,
+        deps: AttemptDeps,
+        launch_id: str,
+        number: int,
+        spec: LaunchSpec,
+        placement: Placement,
+        engine: Engine,
+        post: Callable[[Post], None],
+        *,
+        estimate_s: float | None = None,
+        adopted: Shim | None = None,
+        adopted_endpoint: Endpoint | None = None,
+        adopted_ready: bool = False,
+        finished: ExitRecord | None = None,
+        lost: tuple[FailureClass, str] | None = None,
+        baseline: dict[str, int] | None = None,
+        resumed: bool = False,
+    ) -> None:
+        self.launch_id, self.number = launch_id, number
+        self.spec, self.placement, self.engine = spec, placement, engine
+        self.endpoint = adopted_endpoint
+        self.progress = StartProgress(time.monotonic(), estimate_s)
+        self.pid = adopted.engine.pid if adopted and adopted.engine else None
+        self.shim_pid = adopted.handle.identity.pid if adopted else None
+        self.ready_since: float | None = time.monotonic() if adopted_ready else None
+        self._deps, self._post = deps, post
+        self._shim, self._adopted = adopted, resumed
+        self._finished, self._lost = finished, lost
+        self._record = finished
+        self._baseline = baseline or {}
+        self._stop = asyncio.Event()
+        self._force = False
+        self._ticket: Ticket | None = None
+        self._stopping: dict[str, asyncio.Task[None]] = {}
+        self._trouble: tuple[FailureClass, str] | None = lost
+
+    # -- the owner's side ---------------------------------------------------------------------------------------
+
+    def request_stop(self, *, force: bool) -> None:
+        """Begin the death of the tree, at once or as soon as there is something to kill. Idempotent; never blocks.
+        A later call with ``force`` cuts the grace short."""
+        self._force = self._force or force
+        self._stop.set()
+        if self._shim is not None:
+            self._send_stop(self._shim)
+
+    def log_reader(self) -> LogReader:
+        return LogReader(self._deps.config.log_base / self.launch_id / str(self.number))
+
+    async def dropped_log_bytes(self) -> int:
+        """Bytes of output that the log could not take; 0 where no shim answers within a second."""
+        with contextlib.suppress(ShimLost, TimeoutError):
+            async with asyncio.timeout(1):
+                log_facts = (await self._shim.status()).get("log") if self._shim is not None else None
+                return int((log_facts or {}).get("dropped", 0))
+        return 0
+
+    def detach(self) -> None:
+        """Let go without harming: the daemon leaves, the engine stays."""
+        if self._shim is not None:
+            self._shim.close()
+
+    # -- the journey --------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Live through the attempt. Never raises; cancelling it (daemon leaves) harms nothing."""
+        record: ExitRecord | None = self._finished
+        try:
+            if self._lost is not None:
+                self._give_up(*self._lost)
+            elif self._finished is not None:
+                self._post(Post(self.number, _how_it_ended(self._finished)))
+            else:
+                record = await self._live()
+        except StoppedBeforeStart:
+            pass
+        except ShimRefused as exc:
+            kind = FailureClass.GPU_LOCKED if exc.kind == "gpu_locked" else FailureClass.SPAWN_FAILED
+            self._give_up(kind, str(exc))
+        except StorageFailed:
+            raise
+        except Exception as exc:
+            log.exception("launch %s attempt %d could not be started", self.launch_id, self.number)
+            self._give_up(FailureClass.SPAWN_FAILED, f"{type(exc).__name__}: {exc}")
+        finally:
+            self._leave_gate()
+        await self._release(record)
+
+    def _leave_gate(self) -> None:
+        if self._ticket is not None:
+            self._deps.gate.leave(self._ticket)
+
+    async def _live(self) -> ExitRecord | None:
+        if self.ready_since is None:
+            self.progress.on_phase(WAITING_FOR_GPU, time.monotonic())
+            self._ticket = self._deps.gate.enter(self.launch_id, [gpu.uuid for gpu in self.placement.gpus])
+            # An adopted start is in the middle of it: it takes its place in line but cannot wait any more.
+            if not self._adopted:
+                await self._unless_stopped(self._ticket.entered)
+        self.progress.started_at = self.progress.moved_at = time.monotonic()
+        if not self._adopted:
+            await self._start()
+        watchers = [asyncio.create_task(self._watch_or_give_up()), asyncio.create_task(self._follow_start())]
+        try:
+            return await self._until_dead()
+        finally:
+            helpers = [*watchers, *self._stopping.values()]
+            for task in helpers:
+                task.cancel()
+            await asyncio.gather(*helpers, return_exceptions=True)
+
+    async def _unless_stopped(self, waiting: asyncio.Future[None]) -> None:
+        stop = asyncio.ensure_future(self._stop.wait())
+        either: set[asyncio.Future[Any]] = {waiting, stop}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stop.cancel()
+        if self._stop.is_set():
+            waiting.cancel()
+            raise StoppedBeforeStart
+
+    async def _start(self) -> None:
+        deps, placement = self._deps, self.placement
+        self.progress.on_phase(STARTING, time.monotonic())
+        self._baseline = await deps.gpus.measure(self.launch_id, placement)
+        await deps.store.save_attempt(
+            self.launch_id, self.number, started_at=time.time(), baseline=self._baseline, placement=asdict(placement)
+        )
+        needs_port = self.engine.needs_port(self.spec)
+        run_dir = deps.host.run_dir(self.launch_id, self.number)
+        context = deps.contexts.make(self.launch_id, self.number, run_dir, needs_port=needs_port)
+        command = self.engine.command(self.spec, placement, context)
+        self.endpoint = command.endpoint
+        await deps.store.save_attempt(self.launch_id, self.number, endpoint=endpoint_row(command.endpoint))
+        if command.argv is None:
+            return
+        shim = await deps.host.spawn(self.launch_id, self.number)
+        self.shim_pid = shim.handle.identity.pid
+        await deps.store.save_attempt(self.launch_id, self.number, handle=asdict(shim.handle))
+        if self._stop.is_set():
+            self._shim = shim
+            self._send_stop(shim)
+            return
+        identity = await shim.go(self._order(command, context))
+        self.pid, self._shim = identity.pid, shim
+        await deps.store.save_attempt(self.launch_id, self.number, engine=asdict(identity))
+        if self._stop.is_set():
+            self._send_stop(shim)
+
+    def _order(self, command: EngineCommand, context: EngineContext) -> StartOrder:
+        config, placement = self._deps.config, self.placement
+        lockable = tuple(gpu.uuid for gpu in placement.gpus) if placement.kind == "cuda" else ()
+        assert command.argv is not None  # noqa: S101 - callers have checked; narrows the type
+        return StartOrder(
+            argv=command.argv,
+            env=command.env,
+            cwd=command.cwd or context.run_dir,
+            log_dir=str(config.log_base / self.launch_id / str(self.number)),
+            log_segment_bytes=config.log_segment_bytes,
+            log_max_bytes=config.log_max_bytes,
+            tmp_dir=context.tmp_dir,
+            secrets=command.secrets,
+            lock_dir=str(config.lock_dir),
+            gpu_locks=lockable,
+            lock_owner=config.state_id,
+            shared=placement.share_milli < 1000,
+            uid=config.uid,
+            gid=config.gid,
+        )
+
+    def _send_stop(self, shim: Shim) -> None:
+        wish = "force" if self._force else "stop"
+        if wish not in self._stopping:
+            self._stopping[wish] = asyncio.create_task(self._stop_shim(shim, force=self._force))
+
+    async def _stop_shim(self, shim: Shim, *, force: bool) -> None:
+        """Ask until the shim has heard it. A shim that is gone is noticed by ``wait``; there is nobody left to ask."""
+        while not shim.main_exited.done():
+            try:
+                await shim.stop(self._deps.config.stop_grace_s, force=force)
+            except ShimLost:
+                await asyncio.sleep(STOP_RETRY_S)
+            else:
+                return
+
+    async def _until_dead(self) -> ExitRecord | None:
+        shim = self._shim
+        if shim is None:  # an external engine: no process of ours
+            await self._stop.wait()
+            return ExitRecord(None, None, forced=False, stop_requested=True, ended_at=time.time())
+        shim.main_exited.add_done_callback(lambda _: self._post(Post(self.number, Event.MAIN_EXITED)))
+        record = await shim.wait()
+        if record is None:
+            self._give_up(FailureClass.SHIM_LOST, "The process that supervised the engine was killed.")
+        return record
+
+    def _give_up(self, kind: FailureClass, message: str) -> None:
+        self._trouble = (kind, message)
+        self._post(Post(self.number, Event.SHIM_LOST, detail={"class": kind.value, "message": message}))
+
+    async def _release(self, record: ExitRecord | None) -> None:
+        deps, self._record = self._deps, record
+        forced = record.forced if record is not None else False
+        rebooted = self._lost is not None and self._lost[0] is FailureClass.HOST_REBOOTED
+        if not rebooted and self.placement.kind != "none":
+            forced = await deps.host.kill_marked(self.launch_id, self.number) or forced
+        if self._shim is not None:
+            self._shim.close()
+        unsettled = await deps.gpus.settle(self.launch_id, self.placement, self._baseline)
+        ran_s = time.monotonic() - self.ready_since if self.ready_since is not None else 0.0
+        outcome = Outcome(record, forced, unsettled, self._trouble, self.ready_since is not None, ran_s)
+        self._post(Post(self.number, Event.RELEASED, outcome=outcome))
+
+    async def bury(self) -> None:
+        """Note the end in the attempt's own row and remove its folder. Called once the launch's new state is on disk:
+        until then the exit record in that folder is what tells the next daemon."""
+        deps, record = self._deps, self._record
+        if record is not None:
+            ended = {"ended_at": record.ended_at, "exit": asdict(record)}
+            await durably(self.launch_id, lambda: deps.store.save_attempt(self.launch_id, self.number, **ended))
+        await asyncio.to_thread(deps.host.cleanup, self.launch_id, self.number)
+
+    # -- watching -----------------------------------------------------------------------------------------------
+
+    async def _follow_start(self) -> None:
+        blobs = blobs_dir(self.spec.model, self._deps.config.hf_home)
+        reader, is_ready = self.log_reader(), lambda: self.ready_since is not None
+        await observing.follow_start(reader, self.engine, self.progress, blobs, is_ready)
+
+    async def _watch_or_give_up(self) -> None:
+        try:
+            await self._watch()
+        except Exception as exc:
+            log.exception("launch %s attempt %d cannot be watched", self.launch_id, self.number)
+            self._give_up(FailureClass.SPAWN_FAILED, f"The engine could not be watched: {type(exc).__name__}: {exc}")
+            self.request_stop(force=False)
+
+    async def _watch(self) -> None:
+        if self.ready_since is None and not await self._until_ready():
+            return
+        self._leave_gate()
+        await self._while_ready()
+
+    async def _until_ready(self) -> bool:
+        config = self._deps.config
+        assert self.endpoint is not None  # noqa: S101 - set by _start or adoption
+        longest_look_s = 2 * config.probe_timeout_s + probe.TASK_TIMEOUT_S + READY_POLL_S + SLACK_S
+        looked_at = time.monotonic()
+        while not self._stop.is_set():
+            name, path = self.spec.served_model_name, self.engine.traits(self.spec).health_path
+            reason = await probe.ready(self.endpoint, name, config.probe_timeout_s, health_path=path)
+            now = time.monotonic()
+            self.progress.moved_at = min(now, self.progress.moved_at + unwatched_s(looked_at, now, longest_look_s))
+            looked_at = now
+            if reason is None:
+                self.ready_since = now
+                phases = self.progress.finish(now)
+                total = now - self.progress.started_at
+                self._post(Post(self.number, Event.BECAME_READY, detail={"seconds": round(total, 3), "phases": phases}))
+                return True
+            timed_out = boot_timed_out(
+                elapsed_s=now - self.progress.started_at,
+                since_progress_s=now - self.progress.moved_at,
+                start_timeout_s=config.start_timeout_s,
+                start_stall_timeout_s=config.start_stall_timeout_s,
+            )
+            if timed_out:
+                self._post(Post(self.number, Event.BOOT_TIMED_OUT, detail={"last_probe": reason}))
+                return False
+            await asyncio.sleep(READY_POLL_S)
+        return False
+
+    async def _while_ready(self) -> None:
+        config = self._deps.config
+        assert self.endpoint is not None  # noqa: S101 - set by _start or adoption
+        longest_gap_s = config.probe_interval_s + 2 * config.probe_timeout_s + SLACK_S
+        liveness = Liveness(moved_at=time.monotonic(), longest_gap_s=longest_gap_s)
+        flagged = False
+        while not self._stop.is_set():
+            await asyncio.sleep(config.probe_interval_s)
+            sample = await observing.sample(self.endpoint, self.engine.traits(self.spec), config.probe_timeout_s)
+            liveness = liveness.observe(sample)
+            verdict = liveness.verdict(
+                sample.at,
+                unresponsive_after_s=config.unresponsive_after_s,
+                unhealthy_after_s=config.unhealthy_after_s,
+            )
+            if verdict is Verdict.FAILED:
+                self._post(Post(self.number, Event.PROBES_FAILED))
+                return
+            if flagged != (verdict is Verdict.UNRESPONSIVE):
+                flagged = not flagged
+                self._post(Post(self.number, unresponsive=flagged))
+
+
+def _how_it_ended(record: ExitRecord) -> Event:
+    # A stop that was asked for but not yet written down when the daemon died is still the operator's wish.
+    return Event.STOP_REQUESTED if record.stop_requested else Event.MAIN_EXITED
+
+
+def endpoint_row(endpoint: Endpoint) -> dict[str, object]:
+    """What of an endpoint may lie in the database: everything but the credential."""
+    return {k: v for k, v in asdict(endpoint).items() if k != "credential"}

@@ -1,0 +1,122 @@
+"""Snapshots of launches for readers, made from an owner (active) or from stored rows (ended). No decisions here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from vllm_bootstrap.engines.base import Placement
+from vllm_bootstrap.launches.lifecycle import State, is_routable
+from vllm_bootstrap.launches.owner import LaunchOwner
+from vllm_bootstrap.launches.store import LaunchRow
+from vllm_bootstrap.launches.types import ClaimView, FailureView, LaunchView, ProgressView
+from vllm_bootstrap.serving import Advert, Instance
+
+
+def claim_views(placement: Placement) -> tuple[ClaimView, ...]:
+    share = placement.share_milli / 1000
+    return tuple(ClaimView(gpu.uuid, gpu.index, gpu.name, share) for gpu in placement.gpus)
+
+
+def failure_view(stored: Mapping[str, Any] | None) -> FailureView | None:
+    if stored is None:
+        return None
+    return FailureView(
+        failure_class=str(stored["failure_class"]),
+        message=str(stored["message"]),
+        hint=str(stored["hint"]),
+        permanent=bool(stored["permanent"]),
+        exit_code=stored.get("exit_code"),
+        signal=stored.get("signal"),
+        lines=tuple(stored.get("lines") or ()),
+    )
+
+
+def of_row(row: LaunchRow, claims: tuple[ClaimView, ...] = ()) -> LaunchView:
+    """A launch nobody owns any more, as it was written."""
+    return LaunchView(
+        launch_id=row.id,
+        group_id=row.group_id,
+        node_id=row.node_id,
+        owner_id=row.owner_id,
+        state=row.phase.state.value,
+        why=row.phase.why.value if row.phase.why else None,
+        unresponsive=False,
+        model=row.model,
+        engine=row.engine,
+        served_model_name=row.served_model_name,
+        claims=claims,
+        labels=row.labels,
+        restart_policy=str(row.restart.get("policy", "never")),
+        attempt=row.attempt,
+        next_attempt_at=None,
+        pid=None,
+        shim_pid=None,
+        created_at=row.created_at,
+        changed_at=row.changed_at,
+        transitions=row.transitions,
+        progress=None,
+        failure=failure_view(row.failure),
+        capacity=None,
+    )
+
+
+def of_owner(owner: LaunchOwner) -> LaunchView:
+    """A launch that is owned right now."""
+    attempt = owner.attempt
+    view = of_row(owner.row, claim_views(owner.placement))
+    return replace(
+        view,
+        unresponsive=owner.unresponsive,
+        next_attempt_at=owner.next_attempt_at,
+        pid=attempt.pid if attempt else None,
+        shim_pid=attempt.shim_pid if attempt else None,
+        progress=_progress(owner),
+        capacity=owner.engine.traits(owner.spec).slots,
+    )
+
+
+def _progress(owner: LaunchOwner) -> ProgressView | None:
+    if owner.phase.state is not State.BOOTSTRAPPING or owner.attempt is None:
+        return None
+    return owner.attempt.progress.view(time.monotonic())
+
+
+def advert_of(owner: LaunchOwner) -> Advert:
+    """What the data plane is told about a launch."""
+    row = owner.row
+    progress = _progress(owner)
+    return Advert(
+        launch_id=row.id,
+        group_id=row.group_id,
+        base_model=row.model,
+        served_names=(row.served_model_name,),
+        state=row.phase.state.value,
+        instance=_instance(owner),
+        retry_after_s=progress.eta_s if progress is not None else None,
+    )
+
+
+def _instance(owner: LaunchOwner) -> Instance | None:
+    attempt, row = owner.attempt, owner.row
+    if attempt is None or attempt.endpoint is None or owner.withdrawn:
+        return None
+    if not is_routable(row.phase, unresponsive=owner.unresponsive):
+        return None
+    traits = owner.engine.traits(owner.spec)
+    return Instance(
+        launch_id=row.id,
+        group_id=row.group_id,
+        engine=row.engine,
+        base_model=row.model,
+        served_names=(row.served_model_name,),
+        endpoint=attempt.endpoint,
+        slots=traits.slots,
+        routes=traits.routes,
+        priority_header=traits.priority_header,
+        priority_field=traits.priority_field,
+        refuses_http_media=traits.refuses_http_media,
+        node_id=row.node_id,
+    )
