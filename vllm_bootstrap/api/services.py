@@ -1,0 +1,124 @@
+"""What routes may call: one bundle of collaborators, described from the routes' point of view.
+
+Invariant: routes reach the rest of the daemon only through this bundle. It holds no behaviour of its own beyond
+saying whether the daemon can serve. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, Protocol
+
+from fastapi import Depends
+from starlette.requests import Request
+
+from vllm_bootstrap.auth.guard import Guard
+from vllm_bootstrap.auth.keys import KeyRing
+from vllm_bootstrap.auth.sessions import Sessions
+from vllm_bootstrap.auth.types import Principal
+from vllm_bootstrap.gpus.ledger import Ledger
+from vllm_bootstrap.gpus.readings import Snapshot
+from vllm_bootstrap.launches.logs import LogReader
+from vllm_bootstrap.launches.types import EventView, LaunchOrder, LaunchView, StopOutcome
+from vllm_bootstrap.metrics import Metrics
+from vllm_bootstrap.serving import Advert, LoadReport
+from vllm_bootstrap.settings import Settings
+
+
+class Launches(Protocol):
+    """All launches. ``get`` and ``list`` answer at once from memory; unknown ids raise ``NotFound``."""
+
+    async def launch(self, order: LaunchOrder, owner_id: str, idempotency_key: str | None = None) -> LaunchView:
+        """Accept a launch; on disk when this returns. The same key again returns the same launch."""
+
+    def get(self, launch_id: str) -> LaunchView: ...
+
+    def list(self, *, include_ended: bool) -> Sequence[LaunchView]:
+        """Newest first."""
+
+    async def events(self, launch_id: str, after_seq: int, limit: int) -> Sequence[EventView]:
+        """History, oldest first."""
+
+    def watch(self, launch_id: str, after_seq: int = 0) -> AsyncIterator[EventView]:
+        """History, then news, until the launch has ended."""
+
+    def log_reader(self, launch_id: str, attempt: int | None = None) -> LogReader: ...
+
+    def log_ended(self, launch_id: str, attempt: int | None = None) -> bool: ...
+
+    async def stop(self, launch_id: str, *, wait: bool = True, force: bool = False) -> StopOutcome:
+        """Idempotent. With ``wait``, returns when the tree is seen dead."""
+
+    async def delete(self, launch_id: str) -> None:
+        """Forget an ended launch. Raises ``Conflict`` while it has not ended."""
+
+    async def dropped_log_bytes(self) -> int:
+        """Bytes of output that the logs of active launches could not take. Answers within about a second."""
+
+
+class Traffic(Protocol):
+    """Requests in flight and queued, from memory."""
+
+    def load(self, launch_id: str) -> LoadReport: ...
+
+    def queues(self) -> dict[str, LoadReport]: ...
+
+    def adverts(self) -> list[Advert]: ...
+
+
+class Devices(Protocol):
+    async def snapshot(self, max_age_s: float = 1.0) -> Snapshot:
+        """The devices as last seen, at most ``max_age_s`` seconds old. Never raises: what is not known says so."""
+
+
+class GpuBook(Protocol):
+    """GPUs that may not be given out although nobody owns them: UUID to reason."""
+
+    @property
+    def unsettled(self) -> Mapping[str, str]: ...
+
+
+@dataclass(slots=True)
+class Services:
+    """``phase`` is moved by the composition root: ``starting`` until launches are taken over, ``draining`` at the end.
+    ``started_at`` and ``clock`` are unix seconds."""
+
+    settings: Settings
+    guard: Guard
+    keys: KeyRing
+    sessions: Sessions
+    supervisor: Launches
+    gate: Traffic
+    inventory: Devices
+    gpus: GpuBook
+    ledger: Ledger
+    metrics: Metrics
+    version: str
+    started_at: float
+    clock: Callable[[], float]
+    phase: Literal["starting", "ok", "draining"] = field(default="starting")
+
+    def listener(self, caller: Principal) -> Callable[[], bool]:
+        """Whether a stream to ``caller`` may go on: asked again and again while it lasts."""
+        return lambda: self.phase != "draining" and self.guard.is_current(caller)
+
+
+def services_of(request: Request) -> Services:
+    found = request.app.state.services
+    assert isinstance(found, Services)  # noqa: S101  (narrows a type; set by build_api)
+    return found
+
+
+async def _services(request: Request) -> Services:
+    return services_of(request)
+
+
+async def _caller(request: Request) -> Principal:
+    found = request.state.principal
+    assert isinstance(found, Principal)  # noqa: S101  (narrows a type; the route's rule is not public)
+    return found
+
+
+Api = Annotated[Services, Depends(_services)]
+Caller = Annotated[Principal, Depends(_caller)]

@@ -1,0 +1,162 @@
+"""Inner snapshots to wire types and back: the whole mapping between what is known and what is shown.
+
+Pure functions. Times become RFC 3339 in UTC here; what a caller may not see is left out by an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+from vllm_bootstrap.errors import NotBuilt
+from vllm_bootstrap.gpus.condition import Condition
+from vllm_bootstrap.gpus.readings import GpuProcess, GpuReading
+from vllm_bootstrap.launches.types import EventView, FailureView, LaunchOrder, LaunchView, ProgressView
+from vllm_bootstrap.serving import LoadReport
+from vllm_bootstrap.wire import (
+    Failure,
+    GpuClaim,
+    GpuInfo,
+    GpuUser,
+    LaunchEvent,
+    LaunchRequest,
+    LaunchStatus,
+    Load,
+    Progress,
+    RestartSpec,
+)
+
+_ORDER_FIELDS = frozenset({
+    "model", "gpu_ids", "gpu_count", "gpu_share", "served_model_name", "engine", "tensor_parallel_size",
+    "pipeline_parallel_size", "extra_args", "env", "replicas", "labels", "restart",
+})  # fmt: skip
+
+
+def when(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+
+
+def _at(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def order_of(body: LaunchRequest) -> LaunchOrder:
+    """What a launch request asks for. Raises ``NotBuilt`` for replicas."""
+    if body.replicas not in (None, 1):
+        raise NotBuilt("More than one replica is not built yet: leave 'replicas' out or 1.", param="replicas")
+    restart = body.restart if isinstance(body.restart, RestartSpec) else RestartSpec(policy=body.restart or "never")
+    return LaunchOrder(
+        model=body.model,
+        engine=body.engine,
+        served_model_name=body.served_model_name,
+        gpu_ids=None if body.gpu_ids is None else tuple(body.gpu_ids),
+        gpu_count=body.gpu_count,
+        gpu_share=body.gpu_share,
+        tensor_parallel_size=body.tensor_parallel_size,
+        pipeline_parallel_size=body.pipeline_parallel_size,
+        fields=body.model_dump(exclude=set(_ORDER_FIELDS), exclude_none=True),
+        extra_args=body.extra_args,
+        env=body.env,
+        labels=body.labels,
+        restart_policy=restart.policy,
+        restart_max_attempts=restart.max_attempts,
+        restart_backoff_s=restart.backoff_s,
+    )
+
+
+def status(view: LaunchView, report: LoadReport, *, with_lines: bool) -> LaunchStatus:
+    """A launch as shown. ``with_lines``: the caller may see log lines."""
+    return LaunchStatus(
+        launch_id=view.launch_id,
+        group_id=view.group_id,
+        node_id=view.node_id,
+        owner=view.owner_id,
+        state=view.state,
+        unresponsive=view.unresponsive,
+        stopping_because=view.why,
+        model=view.model,
+        engine=view.engine,
+        served_model_name=view.served_model_name,
+        gpus=[GpuClaim(uuid=c.uuid, index=c.index, name=c.name, share=c.share) for c in view.claims],
+        labels=dict(view.labels),
+        restart=view.restart_policy,
+        attempt=view.attempt,
+        next_attempt_at=when(view.next_attempt_at),
+        pid=view.pid,
+        shim_pid=view.shim_pid,
+        created_at=_at(view.created_at),
+        state_changed_at=_at(view.changed_at),
+        transitions={state: _at(at) for state, at in view.transitions.items()},
+        progress=_progress(view.progress),
+        failure=_failure(view.failure, with_lines=with_lines),
+        load=load(report, view.capacity),
+        proxy_url=f"/proxy/{view.launch_id}",
+    )
+
+
+def load(report: LoadReport, capacity: int | None = None) -> Load:
+    return Load(capacity=capacity, in_flight=report.in_flight, queued=report.queued)
+
+
+def _progress(view: ProgressView | None) -> Progress | None:
+    if view is None:
+        return None
+    return Progress(
+        phase=view.phase,
+        fraction=view.fraction,
+        detail=view.detail,
+        elapsed_s=view.elapsed_s,
+        eta_s=view.eta_s,
+        downloaded_bytes=view.downloaded_bytes,
+        download_total_bytes=view.download_total_bytes,
+    )
+
+
+def _failure(view: FailureView | None, *, with_lines: bool) -> Failure | None:
+    if view is None:
+        return None
+    return Failure(
+        failure_class=view.failure_class,
+        message=view.message,
+        hint=view.hint,
+        permanent=view.permanent,
+        exit_code=view.exit_code,
+        signal=view.signal,
+        lines=list(view.lines) if with_lines else None,
+    )
+
+
+def event(view: EventView) -> LaunchEvent:
+    return LaunchEvent(
+        seq=view.seq,
+        launch_id=view.launch_id,
+        attempt=view.attempt,
+        at=_at(view.at),
+        event=view.event,
+        from_state=view.from_state,
+        to_state=view.to_state,
+        detail=dict(view.detail),
+    )
+
+
+def gpu(reading: GpuReading, kind: str, condition: Condition, shares: Mapping[str, float]) -> GpuInfo:
+    """A device as shown. ``shares``: launch id to the share of this GPU it owns."""
+    return GpuInfo(
+        index=reading.gpu.index,
+        uuid=reading.gpu.uuid,
+        name=reading.gpu.name,
+        kind=kind,
+        state=condition.state.value,
+        reason=condition.reason,
+        memory_total_bytes=reading.gpu.total_bytes,
+        memory_used_bytes=reading.used_bytes,
+        utilization=reading.utilization,
+        temperature_c=reading.temperature_c,
+        power_w=reading.power_w,
+        claims=[{"launch_id": owner, "share": shares.get(owner)} for owner in condition.owners],
+        others=[_user(process) for process in condition.others],
+    )
+
+
+def _user(process: GpuProcess) -> GpuUser:
+    return GpuUser(pid=process.pid, user=process.user, name=process.name, used_bytes=process.used_bytes)
