@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from vllm_bootstrap.errors import BadRequest, InvalidJson, PayloadTooLarge
+from vllm_bootstrap.gateway import bodies
+
+
+def parse(text: str) -> bodies.JsonBody:
+    return bodies.parse(text.encode())
+
+
+def test_values_and_places() -> None:
+    text = ' { "model" : "m" ,"n":2,\n"messages":[{"a":"}"}], "x\\u0079": null }\t'
+    body = parse(text)
+    assert body.fields == {"model": "m", "n": 2, "messages": [{"a": "}"}], "xy": None}
+    for name, (start, value, end) in body.spans.items():
+        assert text[start] == '"'
+        assert json.loads(text[value:end]) == body.fields[name]
+    assert body.model == "m"
+
+
+@pytest.mark.parametrize("text", ["{}", " {\n} ", "{ \t}"])
+def test_an_empty_object(text: str) -> None:
+    body = parse(text)
+    assert body.fields == {}
+    assert body.model is None
+
+
+def test_what_json_calls_numbers_passes() -> None:
+    fields = parse('{"a": NaN, "b": -Infinity, "c": 1e400, "d": -0, "e": 12345678901234567890}').fields
+    assert math.isnan(fields["a"])
+    assert fields["b"] == -math.inf
+    assert fields["e"] == 12345678901234567890
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", " ", "[]", '"a"', "1", "null", "{", '{"a"', '{"a":', '{"a":1', '{"a":1,', '{"a":1,}', "{,}", '{"a" 1}'),
+        *("{a:1}", "{'a':1}", '{"a":1}x', '{"a":1}{}', "{}x", '{"a":1 "b":2}', '{"a":tru}', '{"a":01}', '{"a":"\n"}'),
+        *('{"a\n":1}', '{"a":"\\x"}', '{"a\\x":1}', '{"a":[1,}', "\ufeff{}", '{"a":1,"a":2}', '{"\\u0061" 1}'),
+        *('{"model":1,"mod\\u0065l":2}', '{"a\\"', '{"a\\""1}'),
+    ],
+)
+def test_what_is_no_object(text: str) -> None:
+    with pytest.raises(InvalidJson):
+        parse(text)
+
+
+@pytest.mark.parametrize("raw", [b"\xff{}", b'{"a":"\xc3"}', '{"a":1}'.encode("utf-16"), b'{"a":"\xed\xa0\x80"}'])
+def test_what_is_no_utf8(raw: bytes) -> None:
+    with pytest.raises(InvalidJson):
+        bodies.parse(raw)
+
+
+def test_hostile_sizes() -> None:
+    with pytest.raises(InvalidJson, match="deeply"):
+        parse('{"a":' + "[" * 100_000)
+    with pytest.raises(InvalidJson, match="number"):
+        parse('{"a":' + "1" * 5000 + "}")
+
+
+def test_a_duplicate_is_named() -> None:
+    with pytest.raises(InvalidJson) as refused:
+        parse('{"a":1,"\\u0061":2}')
+    assert refused.value.param == "a"
+
+
+def test_duplicates_below_the_top_are_the_engines_business() -> None:
+    assert parse('{"a":{"b":1,"b":2}}').fields == {"a": {"b": 2}}
+
+
+@pytest.mark.parametrize("model", ["1", "[]", "{}", "true"])
+def test_a_model_is_a_string(model: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        _ = parse(f'{{"model":{model}}}').model
+    assert refused.value.param == "model"
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "expected"),
+    [
+        ('{"a":1}', None, '{"a":1}'),
+        ('{"priority":5}', None, "{}"),
+        ('{ "priority" : 5 , "a":1}', None, '{ "a":1}'),
+        ('{"a":1, "priority":5}', None, '{"a":1}'),
+        ('{"a":1, "priority":5 }', None, '{"a":1 }'),
+        ('{"a":1, "priority":5 , "b":2}', None, '{"a":1, "b":2}'),
+        ('{"a":"ü","prior\\u0069ty":-9,"b":"é"}', 100, '{"a":"ü","prior\\u0069ty":100,"b":"é"}'),
+        ('{"priority":{"x":[1]}}', 0, '{"priority":0}'),
+        (' { "a":1}', 100, ' {"priority": 100, "a":1}'),
+        ("{ }", 100, '{"priority": 100 }'),
+    ],
+)
+def test_one_member_is_changed_and_nothing_else(text: str, value: object, expected: str) -> None:
+    assert bodies.with_member(parse(text), "priority", value).decode() == expected
+
+
+def test_an_unchanged_body_is_the_same_bytes() -> None:
+    raw = b'{"a":1}'
+    assert bodies.with_member(bodies.parse(raw), "priority", None) is raw
+
+
+@pytest.mark.parametrize("name", sorted(bodies.REFUSED))
+def test_refused_fields_are_named(name: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        bodies.refuse_fields({"model": "m", name: {}})
+    assert refused.value.param == name
+    bodies.refuse_fields({"model": "m", name: None})
+    with pytest.raises(BadRequest) as refused:
+        bodies.refuse_fields({"chat_template_kwargs": {"enable_thinking": True, name: "x"}})
+    assert refused.value.param == f"chat_template_kwargs.{name}"
+
+
+def test_ordinary_fields_are_not_refused() -> None:
+    bodies.refuse_fields({"chat_template_kwargs": {"enable_thinking": True}, "priority": -5, "cache_salt": "x"})
+    bodies.refuse_fields({"chat_template_kwargs": "nonsense"})
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "count"),
+    [
+        ("/v1/chat/completions", {"prompt": ["a", "b"]}, 1),
+        ("/v1/chat/completions", {"n": 3}, 3),
+        ("/v1/completions", {"prompt": "a"}, 1),
+        ("/v1/completions", {"prompt": ["a", "b"], "n": 3}, 6),
+        ("/v1/completions", {"prompt": ["a", "b"], "n": 2, "best_of": 5}, 10),
+        ("/v1/completions", {"prompt": [1, 2, 3]}, 1),
+        ("/v1/completions", {"prompt": [[1, 2], [3]]}, 2),
+        ("/v1/completions", {"prompt": []}, 1),
+        ("/v1/completions", {"prompt": [True, False]}, 2),
+        ("/v1/completions", {"n": 0, "best_of": -4}, 1),
+        ("/v1/completions", {"n": True, "best_of": "5"}, 1),
+        ("/v1/embeddings", {"input": ["a"] * 7}, 7),
+        ("/v1/rerank", {"documents": ["a"] * 7}, 7),
+        ("/v1/score", {"text_1": "a", "text_2": ["a"] * 7}, 7),
+        ("/v1/responses", {"input": [{}, {}]}, 1),
+    ],
+)
+def test_sequences(path: str, fields: dict[str, Any], count: int) -> None:
+    assert bodies.sequences(path, fields) == count
+    assert bodies.check_sequences(path, fields, count) == count
+    assert bodies.check_sequences(path, fields, None) == count
+    if count > 1:
+        with pytest.raises(BadRequest) as refused:
+            bodies.check_sequences(path, fields, count - 1)
+        assert refused.value.param == "n"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [{"content": [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]}]},
+        {"messages": [{"content": [{"type": "image_url", "image_url": {"url": "HTTPS://x"}}]}]},
+        {"messages": [{"content": [{"type": "input_image", "image_url": "file:///etc/passwd"}]}]},
+        {"messages": [{"content": [{"type": "audio_url", "audio_url": {"url": "ftp://x"}}]}]},
+        {"messages": [{"content": [{"type": "image", "source": {"type": "url", "url": "http://x"}}]}]},
+        {"input": [[{"video_url": {"url": ""}}]]},
+    ],
+)
+def test_media_from_elsewhere(fields: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest):
+        bodies.refuse_remote_media(fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [{"content": "see http://example.com", "image_url": {"url": "data:image/png;base64,AA"}}]},
+        {"messages": [{"content": [{"image_url": "DATA:image/png,x"}, "text", 5]}]},
+        {"messages": [{"source": {"type": "base64", "data": "x"}, "url": "http://not-media"}]},
+        {"metadata": {"source": "http://x", "url": "http://y"}, "image_url": 5, "source": {"url": 7}},
+    ],
+)
+def test_media_inside_the_request(fields: dict[str, Any]) -> None:
+    bodies.refuse_remote_media(fields)
+
+
+def test_media_hidden_in_depth() -> None:
+    value: Any = {"image_url": "http://x"}
+    for _ in range(150):
+        value = [value]
+    with pytest.raises(BadRequest, match="deeply"):
+        bodies.refuse_remote_media({"messages": value})
+
+
+@pytest.mark.parametrize("body", [b'{"m":[' + b"[]," * 600_000 + b"1]}", b'{"m":[' + b"1," * 2_100_000 + b"1]}"])
+def test_millions_of_tiny_things_are_refused_before_they_are_made(body):
+    with pytest.raises(PayloadTooLarge, match="too finely structured"):
+        bodies.parse(body)
+
+
+def test_a_body_has_a_bounded_number_of_fields():
+    fields = b",".join(b'"f%d":1' % number for number in range(1_001))
+    with pytest.raises(BadRequest, match="more than 1000 fields"):
+        bodies.parse(b"{" + fields + b"}")

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import pytest
+
+from vllm_bootstrap.auth.types import Principal
+from vllm_bootstrap.errors import BadRequest
+from vllm_bootstrap.gateway import targets
+from vllm_bootstrap.gateway.head import Head
+from vllm_bootstrap.gateway.targets import ToLaunch, ToModel
+from vllm_bootstrap.serving import EngineRoute
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "target"),
+    [
+        ("POST", "/v1/chat/completions", ToModel("/v1/chat/completions")),
+        ("GET", "/v1/unknown", ToModel("/v1/unknown")),
+        ("POST", "/v1/models", ToModel("/v1/models")),
+        ("GET", "/v1/models", None),
+        ("HEAD", "/v1/models", None),
+        ("GET", "/v1/models/org/model", None),
+        ("GET", "/v1/models/org%2Fmodel", None),
+        ("GET", "/v1/modelsx", ToModel("/v1/modelsx")),
+        ("POST", "/proxy/abc/v1/completions", ToLaunch("abc", "/v1/completions")),
+        ("GET", "/proxy/abc/health", ToLaunch("abc", "/health")),
+        ("GET", "/proxy/abc/", ToLaunch("abc", "/")),
+        ("GET", "/proxy/abc", ToLaunch("abc", "/")),
+        ("GET", "/", None),
+        ("GET", "/v1", None),
+        ("GET", "/proxy", None),
+        ("POST", "/launch", None),
+        ("POST", "/V1/completions", None),
+        ("GET", "/proxyabc/x", None),
+    ],
+)
+def test_where_a_request_goes(method: str, path: str, target: object) -> None:
+    assert targets.find(method, path) == target
+
+
+@pytest.mark.parametrize("path", ["/v1/chat%2Fcompletions", "/proxy/a%62c/health", '/v1/a"b', "/v1/a%20"])
+def test_data_plane_paths_have_one_spelling(path: str) -> None:
+    with pytest.raises(BadRequest):
+        targets.find("POST", path)
+
+
+def test_rules_come_from_routes() -> None:
+    plain = EngineRoute("POST", "/a", frozenset({"realtime"}))
+    form = EngineRoute("POST", "/a", frozenset({"realtime"}), multipart=True)
+    assert targets.rule_of(plain).media == ("application/json",)
+    assert targets.rule_of(form).media == ("multipart/form-data",)
+    assert targets.rule_of(plain).scopes == {"realtime"}
+    assert targets.rule_of(plain) is targets.rule_of(plain)
+
+
+def key(*scopes: str, max_class: str | None = None) -> Principal:
+    return Principal("k", frozenset(scopes), max_class=max_class)
+
+
+@pytest.mark.parametrize(
+    ("principal", "asked", "tier", "cls"),
+    [
+        (key("realtime"), None, None, "realtime"),
+        (key("realtime", "batch"), None, None, "realtime"),
+        (key("admin"), None, None, "realtime"),
+        (key("batch"), None, None, "batch"),
+        (key("batch"), b"realtime", None, "batch"),
+        (key("batch"), None, "priority", "batch"),
+        (key("realtime"), b"batch", None, "batch"),
+        (key("realtime"), b"realtime", None, "realtime"),
+        (key("realtime"), None, "flex", "batch"),
+        (key("realtime"), b"realtime", "flex", "batch"),
+        (key("realtime"), None, "priority", "realtime"),
+        (key("realtime"), None, 17, "realtime"),
+        (key("realtime", max_class="batch"), b"realtime", None, "batch"),
+        (key("realtime", max_class="realtime"), None, None, "realtime"),
+    ],
+)
+def test_classes(principal: Principal, asked: bytes | None, tier: object, cls: str) -> None:
+    assert targets.request_class(principal, asked, tier) == cls
+
+
+@pytest.mark.parametrize("word", [b"", b"high", b"-999999", b"REALTIME"])
+def test_an_unknown_priority_is_refused(word: bytes) -> None:
+    with pytest.raises(BadRequest) as refused:
+        targets.request_class(key("realtime"), word, None)
+    assert refused.value.param == "x-priority"
+
+
+def handshake(query: bytes) -> Head:
+    return Head("GET", "/v1/realtime", query, 1, [])
+
+
+def test_the_model_of_a_websocket() -> None:
+    assert targets.model_in_query(handshake(b"model=org%2Fm&x=y")) == "org/m"
+    assert targets.model_in_query(handshake(b"")) is None
+    with pytest.raises(BadRequest):
+        targets.model_in_query(handshake(b"model=a&model=b"))
+    with pytest.raises(BadRequest):
+        targets.model_in_query(handshake(b"&".join(b"a=b" for _ in range(60))))

@@ -1,0 +1,236 @@
+"""What the gateway must know of a JSON body, what a client may not put there, and how to change it. PURE.
+
+Invariant: a body is parsed once, and an edit replaces the bytes of one top-level member and nothing else; everything
+a client wrote beside it arrives as it was written. Two readers never see different values: duplicate top-level names
+are refused. Knows no sockets, keys or engines beyond the plain facts passed in.
+
+Refused fields run code, read other people's data, or bind scheduling to a client's wish: see ``REFUSED``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from json.decoder import scanstring  # type: ignore[attr-defined]  # the stubs lack it
+from typing import Any
+
+from vllm_bootstrap.errors import BadRequest, InvalidJson, PayloadTooLarge
+
+REFUSED: Mapping[str, str] = {
+    "kv_transfer_params": "moves key-value caches between engines",
+    "mm_processor_kwargs": "changes how the engine preprocesses media",
+    "media_io_kwargs": "changes how the engine reads media",
+    "chat_template": "runs a template of the client's in the engine",
+    "vllm_xargs": "reaches internals of the engine",
+    "prompt_embeds": "is deserialised by the engine as a tensor",
+    "logits_processors": "names code to run in the engine",
+}
+"""Top-level fields that no client may set, with the reason. ``chat_template_kwargs`` may not smuggle one of them in."""
+
+OVERWRITTEN = "priority"
+MAX_FIELDS, MAX_CONTAINERS, MAX_SEPARATORS = 1_000, 500_000, 2_000_000
+"""Taken away or replaced by the scheduler's own value; never refused, since stock clients may send it."""
+
+_MEMBER = re.compile(r'[ \t\n\r]*"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*')
+_BLANK = re.compile(r"[ \t\n\r]*")
+_NEXT = re.compile(r"[ \t\n\r]*([,}])")
+_decode = json.JSONDecoder().raw_decode
+
+# The field whose list holds independent prompts, by the last part of the path.
+_PROMPTS = {
+    "completions": ("prompt",),
+    "embeddings": ("input",),
+    "rerank": ("documents",),
+    "score": ("text_1", "text_2", "queries", "documents", "data_1", "data_2"),
+    "pooling": ("input",),
+    "classify": ("input",),
+}
+_URL_KEYS = frozenset({"image_url", "audio_url", "video_url", "file_url"})
+
+
+Span = tuple[int, int, int]
+"""Where a top-level member stands, in characters: where its name starts, where its value starts and ends."""
+
+
+@dataclass(slots=True)
+class JsonBody:
+    """A parsed object: the text, its top-level values and where each stands."""
+
+    raw: bytes
+    text: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    spans: dict[str, Span] = field(default_factory=dict)
+
+    @property
+    def model(self) -> str | None:
+        """The named model, None when absent. Raises ``BadRequest`` when it is no string."""
+        model = self.fields.get("model")
+        if model is not None and not isinstance(model, str):
+            raise BadRequest("The model must be a string", param="model")
+        return model
+
+
+def parse(raw: bytes) -> JsonBody:
+    """Parse a body that must be a JSON object in UTF-8. Raises ``InvalidJson``, ``BadRequest``, ``PayloadTooLarge``."""
+    # Counted before parsing, text inside strings included: a few bytes each would otherwise become an object each, and
+    # nobody else is served while a million of them are made.
+    if raw.count(b"[") + raw.count(b"{") > MAX_CONTAINERS or raw.count(b",") > MAX_SEPARATORS:
+        raise PayloadTooLarge(
+            f"The body is too finely structured: at most {MAX_CONTAINERS} brackets and {MAX_SEPARATORS} commas. "
+            "Send it as several requests."
+        )
+    try:
+        body = JsonBody(raw, raw.decode())
+        _walk(body)
+    except UnicodeDecodeError:
+        raise InvalidJson("The body is not UTF-8") from None
+    except json.JSONDecodeError as exc:
+        raise InvalidJson(f"The body is not valid JSON: {exc.msg} at character {exc.pos}") from None
+    except ValueError:  # an integer beyond Python's limit of digits
+        raise InvalidJson("The body holds a number that is too long") from None
+    except RecursionError:
+        raise InvalidJson("The body is nested too deeply") from None
+    return body
+
+
+def _walk(body: JsonBody) -> None:
+    text = body.text
+    at = _skip_blank(text, 0)
+    if text[at : at + 1] != "{":
+        raise InvalidJson("The body must be a JSON object")
+    empty = _NEXT.match(text, at + 1)
+    if empty is not None and empty[1] == "}":
+        _expect_end(text, empty.end())
+        return
+    at += 1
+    while True:
+        name, start, value_at = _member(text, at)
+        value, end = _decode(text, value_at)
+        if name in body.fields:
+            raise InvalidJson(f"The field {name!r} is there twice", param=name)
+        if len(body.fields) >= MAX_FIELDS:
+            raise BadRequest(f"The body has more than {MAX_FIELDS} fields")
+        body.fields[name] = value
+        body.spans[name] = (start, value_at, end)
+        after = _NEXT.match(text, end)
+        if after is None:
+            raise json.JSONDecodeError("Expecting ',' or '}'", text, end)
+        at = after.end()
+        if after[1] == "}":
+            _expect_end(text, at)
+            return
+
+
+def _member(text: str, at: int) -> tuple[str, int, int]:
+    """Name of the member at ``at``, where it starts, where its value starts."""
+    plain = _MEMBER.match(text, at)
+    if plain is not None:
+        return plain[1], plain.start(1) - 1, plain.end()
+    start = _skip_blank(text, at)
+    if text[start : start + 1] != '"':
+        raise json.JSONDecodeError("Expecting a field name in double quotes", text, start)
+    name, end = scanstring(text, start + 1, True)
+    colon = _skip_blank(text, end)
+    if text[colon : colon + 1] != ":":
+        raise json.JSONDecodeError("Expecting ':'", text, colon)
+    return name, start, _skip_blank(text, colon + 1)
+
+
+def _skip_blank(text: str, at: int) -> int:
+    blank = _BLANK.match(text, at)
+    return blank.end() if blank is not None else at
+
+
+def _expect_end(text: str, at: int) -> None:
+    at = _skip_blank(text, at)
+    if at != len(text):
+        raise json.JSONDecodeError("Extra data", text, at)
+
+
+def with_member(body: JsonBody, name: str, value: object) -> bytes:
+    """The body's bytes with the top-level member ``name`` set to ``value`` (None: taken out)."""
+    span, text = body.spans.get(name), body.text
+    if value is None:
+        return body.raw if span is None else _without(body, name, span).encode()
+    encoded = json.dumps(value)
+    if span is not None:
+        return (text[: span[1]] + encoded + text[span[2] :]).encode()
+    at = text.index("{") + 1
+    comma = "," if body.fields else ""
+    return f"{text[:at]}{json.dumps(name)}: {encoded}{comma}{text[at:]}".encode()
+
+
+def _without(body: JsonBody, name: str, span: Span) -> str:
+    names = list(body.spans)
+    index = names.index(name)
+    start, _, end = span
+    if index + 1 < len(names):  # up to the next member, so that its comma goes too
+        end, _, _ = body.spans[names[index + 1]]
+    elif index:  # the last one: from the end of the one before
+        _, _, start = body.spans[names[index - 1]]
+    return body.text[:start] + body.text[end:]
+
+
+def refuse_fields(fields: Mapping[str, Any]) -> None:
+    """Raise ``BadRequest`` naming the first field a client may not set."""
+    for name, reason in REFUSED.items():
+        if fields.get(name) is not None:
+            raise BadRequest(f"The field {name!r} may not be set: it {reason}", param=name)
+    nested = fields.get("chat_template_kwargs")
+    if isinstance(nested, dict):
+        for name in REFUSED:
+            if nested.get(name) is not None:
+                raise BadRequest(f"{name!r} may not be set: it {REFUSED[name]}", param=f"chat_template_kwargs.{name}")
+
+
+def sequences(path: str, fields: Mapping[str, Any]) -> int:
+    """How many sequences the engine will run for this request: prompts times ``n`` (or ``best_of``), at least 1."""
+    prompts = 1
+    if not path.endswith("/chat/completions"):
+        for key in _PROMPTS.get(path.rpartition("/")[2], ()):
+            prompts = max(prompts, _count(fields.get(key)))
+    return prompts * max(_positive(fields.get("n")), _positive(fields.get("best_of")))
+
+
+def _count(value: object) -> int:
+    """Prompts in a prompt field: a list of strings or token lists counts its items, one prompt counts one."""
+    if not isinstance(value, list) or not value:
+        return 1
+    is_one_prompt = isinstance(value[0], int) and not isinstance(value[0], bool)
+    return 1 if is_one_prompt else len(value)
+
+
+def _positive(value: object) -> int:
+    return max(1, value) if isinstance(value, int) and not isinstance(value, bool) else 1
+
+
+def check_sequences(path: str, fields: Mapping[str, Any], most: int | None) -> int:
+    """``sequences``, refused with ``BadRequest`` when a key may not ask for so many."""
+    wanted = sequences(path, fields)
+    if most is not None and wanted > most:
+        raise BadRequest(f"This key may ask for {most} sequences (prompts times n), not {wanted}", param="n")
+    return wanted
+
+
+def refuse_remote_media(fields: Mapping[str, Any]) -> None:
+    """Raise ``BadRequest`` when media are given as anything but data in the request itself: for engines that would
+    fetch whatever address they are told."""
+    for url in _media_urls(dict(fields), 0):
+        if url[:5].lower() != "data:":
+            raise BadRequest("Media must be sent inside the request, as a data: URL", param="messages")
+
+
+def _media_urls(value: dict[str, Any] | list[Any], depth: int) -> Iterator[str]:
+    if depth > 100:
+        raise BadRequest("The body is nested too deeply")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key in _URL_KEYS and isinstance(item, str):
+                yield item
+            elif (key in _URL_KEYS or key == "source") and isinstance(item, dict) and isinstance(item.get("url"), str):
+                yield item["url"]
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, (dict, list)):
+            yield from _media_urls(item, depth + 1)

@@ -1,0 +1,202 @@
+"""What all requests of the data plane share: guard, gate, pools of engine connections, limits, deadlines.
+
+Invariant: every exchange and every client connection is known here while it lives, so that deadlines are kept without
+a timer for each, counts come back to zero, and closing leaves nothing behind. Must not know: how a request is parsed,
+judged or relayed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import socket
+import ssl
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from vllm_bootstrap.auth.guard import Guard
+from vllm_bootstrap.gateway.limits import GatewayLimits, RequestRecord
+from vllm_bootstrap.gateway.pool import Pool
+from vllm_bootstrap.scheduler.gate import Gate
+from vllm_bootstrap.serving import Instance
+
+_log = logging.getLogger(__name__)
+_access = logging.getLogger("vllm_bootstrap.access")
+
+
+class Connection(Protocol):
+    """A client's connection, as the gateway sees it."""
+
+    def tick(self, now: float) -> None:
+        """Look at deadlines. ``now`` is loop time."""
+
+    def close_idle(self) -> None:
+        """Close, being idle."""
+
+    def stop(self) -> None:
+        """The daemon stops: end what is under way with an honest error, then close."""
+
+
+class Gateway:
+    """Shared by all client connections of one server. Lives on one event loop.
+
+    ``spool_dir``: where large uploads wait. ``on_record`` is called once for each finished data-plane request and must
+    not block or raise. ``tls`` overrides how certificates of external engines are checked.
+    """
+
+    def __init__(
+        self,
+        guard: Guard,
+        gate: Gate,
+        limits: GatewayLimits | None = None,
+        *,
+        spool_dir: Path | None = None,
+        on_record: Callable[[RequestRecord], None] | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self.guard = guard
+        self.gate = gate
+        self.limits = limits or GatewayLimits()
+        self.head_limits = self.limits.head
+        self.spool_dir = spool_dir or Path(tempfile.gettempdir())
+        self.on_record = on_record
+        self.draining = False
+        self.body_bytes = 0
+        self.connections: dict[Connection, None] = {}
+        self.idle: dict[Connection, None] = {}  # in the order in which they became idle
+        self._pools: dict[str, Pool] = {}
+        self._tls = tls
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._ids = itertools.count(1)
+        self._id_prefix = f"req_{int(time.time()):x}{os.urandom(4).hex()}"
+        self._in_use: set[str] = set()
+        gate.on_withdrawn(self._drop_pool)
+
+    # Client connections
+
+    def join(self, connection: Connection) -> bool:
+        """A client connected. False: there are too many, none of them idle."""
+        if len(self.connections) >= self.limits.max_connections:
+            oldest = next(iter(self.idle), None)
+            if oldest is None:
+                return False
+            oldest.close_idle()
+        self.connections[connection] = None
+        if self._sweeper is None:
+            self._schedule()
+        return True
+
+    def leave(self, connection: Connection) -> None:
+        """It is gone. Idempotent."""
+        self.connections.pop(connection, None)
+        self.idle.pop(connection, None)
+
+    # Engine connections
+
+    def pool(self, instance: Instance) -> Pool:
+        """The connections of one instance. A launch that came back elsewhere gets a new pool."""
+        pool = self._pools.get(instance.launch_id)
+        if pool is not None and pool.endpoint == instance.endpoint:
+            return pool
+        if pool is not None:
+            pool.close()
+        limits = self.limits
+        pool = self._pools[instance.launch_id] = Pool(
+            instance.endpoint,
+            connect_timeout_s=limits.upstream_connect_timeout_s,
+            keep_alive_s=limits.upstream_keep_alive_s,
+            tls=self._tls,
+        )
+        return pool
+
+    def _drop_pool(self, launch_id: str) -> None:
+        pool = self._pools.pop(launch_id, None)
+        if pool is not None:
+            pool.close()
+
+    # Request ids
+
+    def new_request_id(self) -> str:
+        return f"{self._id_prefix}{next(self._ids):06x}"
+
+    def claim_upstream_id(self, request_id: str) -> str:
+        """The id an engine is told: the client's, unless another request with the same one is under way (engines mix
+        up requests of equal ids). Give it back with ``free_upstream_id``."""
+        upstream_id = request_id
+        while upstream_id in self._in_use:
+            upstream_id = f"{request_id}-{next(self._ids):x}"
+        self._in_use.add(upstream_id)
+        return upstream_id
+
+    def free_upstream_id(self, upstream_id: str) -> None:
+        self._in_use.discard(upstream_id)
+
+    # Records
+
+    def record(self, record: RequestRecord) -> None:
+        """Leave a request's record: to the access log and to ``on_record``."""
+        if _access.isEnabledFor(logging.INFO):
+            code = f" {record.code}" if record.code else ""
+            line = (
+                f"{record.request_id} {record.method} {record.path} -> {record.status}{code} "
+                f"in {record.duration_s:.3f} s, owner {record.owner}, launch {record.launch_id}"
+            )
+            # Not info(): looking through the stack for the caller costs as much as the rest.
+            _access.handle(logging.LogRecord(_access.name, logging.INFO, "", 0, line, None, None))
+        if self.on_record is not None:
+            self.on_record(record)
+
+    # Deadlines
+
+    def _schedule(self) -> None:
+        self._sweeper = asyncio.get_running_loop().call_later(self.limits.sweep_interval_s, self._sweep)
+
+    def _sweep(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for connection in list(self.connections):
+            try:
+                connection.tick(now)
+            except Exception:  # noqa: BLE001 - one connection's trouble must not end everybody's deadlines
+                _log.exception("looking at a connection's deadlines failed")
+        for pool in self._pools.values():
+            pool.sweep(now)
+        if self.connections or any(pool.idle for pool in self._pools.values()):
+            self._schedule()
+        else:
+            self._sweeper = None
+
+    # The end
+
+    def drain(self) -> None:
+        """Refuse new requests, close idle connections, let running requests finish. Idempotent."""
+        self.draining = True
+        self.gate.drain()
+        for connection in list(self.idle):
+            connection.close_idle()
+
+    def close(self) -> None:
+        """End everything that still runs: streams with an error event, other answers with a cut. Idempotent."""
+        self.draining = True
+        for connection in list(self.connections):
+            connection.stop()
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
+
+
+def detect_dead_peer(transport: asyncio.Transport) -> None:
+    """A client whose machine vanished must not hold an engine for hours."""
+    sock = transport.get_extra_info("socket")
+    if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)

@@ -1,0 +1,82 @@
+"""Numbers the data plane keeps to, and the record it leaves of each request. PURE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+from vllm_bootstrap.gateway.head import HeadLimits
+from vllm_bootstrap.serving import RequestClass
+
+KIB, MIB = 1024, 1024 * 1024
+
+MIN_BODY_RATE = 16 * KIB
+"""Bytes a second below which a body counts as stalled; each received byte buys time at this rate."""
+
+LINGER_S = 2.0
+"""How long to go on reading (and dropping) after an early refusal, so that the client can still read the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayLimits:
+    """Sizes in bytes, times in seconds. ``max_control_body_bytes`` bounds bodies of the control plane,
+    ``body_budget_bytes`` all JSON bodies held at once."""
+
+    max_header_bytes: int = 64 * KIB
+    max_header_count: int = 100
+    header_timeout_s: float = 15
+    body_timeout_s: float = 60
+    keep_alive_s: float = 75
+    max_connections: int = 10_000
+    max_body_bytes: int = 64 * MIB
+    max_control_body_bytes: int = 1 * MIB
+    max_upload_bytes: int = 512 * MIB
+    body_budget_bytes: int = 1024 * MIB
+    write_stall_timeout_s: float = 300
+    upstream_connect_timeout_s: float = 5
+    upstream_first_byte_timeout_s: float = 1800
+    upstream_idle_timeout_s: float = 600
+    upstream_keep_alive_s: float = 4
+
+    @classmethod
+    def from_settings(cls, settings: object) -> GatewayLimits:
+        """The limits out of anything that has attributes of the same names; what it lacks keeps its default."""
+        return cls(**{item.name: getattr(settings, item.name) for item in fields(cls) if hasattr(settings, item.name)})
+
+    @property
+    def head(self) -> HeadLimits:
+        return HeadLimits(self.max_header_bytes, self.max_header_count)
+
+    @property
+    def sweep_interval_s(self) -> float:
+        """How often deadlines are looked at: often enough for the shortest of them."""
+        shortest = min(
+            self.header_timeout_s, self.body_timeout_s, self.keep_alive_s, self.write_stall_timeout_s,
+            self.upstream_first_byte_timeout_s, self.upstream_idle_timeout_s, self.upstream_keep_alive_s,
+        )  # fmt: skip
+        return min(1.0, shortest / 4)
+
+
+class RequestRecord(NamedTuple):
+    """What is kept of a finished data-plane request. Never holds keys, queries or content.
+
+    ``status`` is what the client saw (499: it went away first); ``code`` our error code when the answer or the end of
+    the stream was ours. ``started_at`` unix seconds, durations in seconds; ``first_byte_s`` from the grant of a place
+    to the first byte of the answer, None without one.
+    """
+
+    request_id: str
+    method: str
+    path: str
+    status: int
+    code: str | None
+    owner: str | None
+    model: str | None
+    launch_id: str | None
+    cls: RequestClass | None
+    queue_ms: int
+    started_at: float
+    duration_s: float
+    first_byte_s: float | None
+    bytes_in: int
+    bytes_out: int

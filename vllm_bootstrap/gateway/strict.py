@@ -1,0 +1,397 @@
+"""A client's connection, strict about every request before anything else sees it.
+
+Invariant: a request is looked at only when the one before it has been read and answered; nothing reaches uvicorn's
+own code, the app or an engine whose head did not pass ``head.parse_head`` and whose body llhttp does not frame the
+same way; every refusal has our error shape; every state has a deadline. Must not know: keys, queues, engines.
+
+A connection is always in one of these: between requests, reading a head, reading a body and/or answering, lingering
+(refused early: what still comes is dropped until the client has read why), closed.
+
+Requests sent ahead of an answer (pipelining) are served in order; sent in excess, or behind a chunked body, they cost
+the connection after the current answer, which HTTP allows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any, ClassVar
+
+import httptools
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from vllm_bootstrap.errors import ApiError, BadRequest, Draining, RequestTimeout, Unavailable
+from vllm_bootstrap.gateway import headers
+from vllm_bootstrap.gateway.gateway import Gateway, detect_dead_peer
+from vllm_bootstrap.gateway.head import Head, Headers, parse_head
+from vllm_bootstrap.gateway.inbox import Inbox
+from vllm_bootstrap.gateway.limits import LINGER_S, MIN_BODY_RATE
+
+_NEVER = math.inf
+
+
+class _Disagreement(Exception):
+    """llhttp sees a request begin or end where it does not by our own reading."""
+
+
+class _BodySink:
+    """What llhttp calls for a claimed request: no header callbacks, because the head was read already."""
+
+    def __init__(self, protocol: StrictProtocol) -> None:
+        self.on_message_begin = protocol.message_begins
+        self.on_body = protocol.on_claimed_body
+        self.on_message_complete = protocol.message_ends
+
+
+class StrictProtocol(HttpToolsProtocol):
+    """uvicorn's protocol made strict. A subclass may claim requests; the others go to the ASGI app.
+
+    To be overridden: ``claim``, what is called for a claimed request (``claimed_*``), which then owes one answer (it
+    writes to ``transport`` and calls ``answer_done``, or it calls ``answer_error`` or ``cut``), and the app's side.
+    """
+
+    gateway: ClassVar[Gateway]
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self.write_paused = False
+        self._paused_since = 0.0
+        self._deadline = _NEVER
+        self._inbox = Inbox(self.gateway.head_limits)
+        self._in_head = self._advancing = self._closing = self._stopping = False
+        self._body_parser: httptools.HttpRequestParser | None = None
+        self._answer_open = self._body_open = self._claimed = self._message_due = False
+        self._keep = True
+        self._head: Head | None = None
+        self._body_started_at = 0.0
+        self._body_bytes = 0
+
+    # For the subclass
+
+    def claim(self, head: Head) -> bool:
+        """Whether this request is the subclass's. May raise ``ApiError``: then it is refused."""
+        raise NotImplementedError
+
+    def claimed_begins(self, head: Head) -> None:
+        """A claimed request's head is here."""
+        raise NotImplementedError
+
+    def claimed_body(self, piece: bytes) -> None:
+        """A piece of its body."""
+        raise NotImplementedError
+
+    def claimed_ends(self) -> None:
+        """The request is whole."""
+        raise NotImplementedError
+
+    def claimed_is_bad(self, error: ApiError) -> None:
+        """Its body cannot be read on; the answer is still owed."""
+        raise NotImplementedError
+
+    def claimed_tick(self, now: float) -> None:
+        """Look at deadlines of its own."""
+        raise NotImplementedError
+
+    def app_begins(self, head: Head) -> None:
+        """A request for the app: feed its head to ``self.parser``, or answer with an error."""
+        raise NotImplementedError
+
+    def fail_app(self, error: ApiError) -> None:
+        """Take the answer away from the app: ours when it has not begun, else a cut."""
+        raise NotImplementedError
+
+    # Life of the connection
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if not self.gateway.join(self):
+            self.refuse(Unavailable("Too many connections", retry_after=1))
+            return
+        detect_dead_peer(transport)
+        self._deadline = self.loop.time() + self.gateway.limits.header_timeout_s
+        self.gateway.idle[self] = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._closing = True
+        self._deadline = _NEVER
+        self.gateway.leave(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self._closing:
+            return
+        if self._body_open:
+            self._read_body(data)
+            self._advance()
+        elif self._answer_open:
+            self._inbox.add_early(data)
+        else:
+            self._inbox.add(data)
+            self._advance()
+
+    # Heads
+
+    def _advance(self) -> None:
+        """Serve what has been received, one request after the other, until more bytes or an answer are awaited."""
+        if self._advancing:
+            return
+        self._advancing = True
+        try:
+            while self._inbox.ahead and self._is_free() and self._take_head():
+                pass
+        finally:
+            self._advancing = False
+        if self._is_free():
+            self._await_head()
+
+    def _is_free(self) -> bool:
+        """Whether the next request may begin."""
+        return not (self._answer_open or self._body_open or self._closing)
+
+    def _await_head(self) -> None:
+        """Set the deadline for what comes next: the rest of a head, or the next request."""
+        limits = self.gateway.limits
+        if not self._inbox.ahead:
+            self._in_head = False
+            self._deadline = self.loop.time() + limits.keep_alive_s
+            self.gateway.idle[self] = None
+        elif not self._in_head:  # its first bytes: the deadline does not move with those that follow
+            self._in_head = True
+            self._deadline = self.loop.time() + limits.header_timeout_s
+            self.gateway.idle.pop(self, None)
+
+    def _take_head(self) -> bool:
+        """Start the next request. False: its head is not whole yet, or was refused."""
+        try:
+            raw = self._inbox.take_head()
+            if raw is None:
+                return False
+            head = parse_head(raw, self.gateway.head_limits)
+            self._claimed = self.claim(head)
+        except ApiError as error:
+            self.refuse(error)
+            return False
+        self._begin(head)
+        return True
+
+    def _begin(self, head: Head) -> None:
+        self.gateway.idle.pop(self, None)
+        self._inbox.expect(head)
+        self._head = head
+        self._keep = head.keep_alive and not (self.gateway.draining or self._stopping)
+        self._in_head = False
+        self._answer_open = self._body_open = self._message_due = True
+        self._deadline = _NEVER
+        if head.has_body:
+            self._await_body()
+        if self._claimed:
+            self._begin_claimed(head)
+        else:
+            self.app_begins(head)
+        if self._body_open and self._inbox.ahead:
+            self._read_body(self._inbox.take_ahead())
+
+    def _begin_claimed(self, head: Head) -> None:
+        if self._body_parser is None:
+            self._body_parser = httptools.HttpRequestParser(_BodySink(self))
+        self.claimed_begins(head)
+        if not self._closing:
+            self.feed(self._body_parser, head.raw)
+
+    # Bodies
+
+    def _await_body(self) -> None:
+        self._body_bytes = 0
+        self._body_started_at = self.loop.time()
+        self._deadline = self._body_started_at + self.gateway.limits.body_timeout_s
+
+    def _read_body(self, data: bytes) -> None:
+        self.feed(self._body_parser if self._claimed else self.parser, self._inbox.body_part(data))
+
+    def feed(self, parser: httptools.HttpRequestParser | None, data: bytes) -> None:
+        """Let llhttp frame ``data``; what it does not understand ends the request."""
+        if parser is None or not data:
+            return
+        try:
+            parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
+            self._renew_parser()
+            if self._body_open:
+                self.body_is_bad(BadRequest(f"The request is not valid HTTP/1.1: {exc}"))
+            else:
+                self._keep = False  # more than one request behind a chunked body
+
+    def _renew_parser(self) -> None:
+        if self._claimed:
+            self._body_parser = None
+        else:
+            self.parser = httptools.HttpRequestParser(self)
+
+    def body_is_bad(self, error: ApiError) -> None:
+        """Nothing after this can be understood: answer if that is still possible, and close."""
+        self._keep = False
+        if not self._answer_open:
+            self._close_softly()
+        elif self._claimed:
+            self.claimed_is_bad(error)
+        else:
+            self.fail_app(error)
+
+    def message_begins(self) -> None:
+        """llhttp begins a message: the one whose head was passed on, or one too many."""
+        if not self._message_due:
+            raise _Disagreement
+        self._message_due = False
+
+    def on_claimed_body(self, body: bytes) -> None:
+        """llhttp has a piece of a claimed request's body."""
+        self._body_bytes += len(body)
+        if self._answer_open:
+            self.claimed_body(body)
+
+    def message_ends(self) -> None:
+        """llhttp has seen the end of the request."""
+        if self._inbox.misses_some:
+            raise _Disagreement
+        self._body_open = False
+        self._deadline = _NEVER
+        if self._claimed and self._answer_open:
+            self.claimed_ends()
+
+    # Answers
+
+    def closes_after_answer(self) -> bool:
+        """Whether the connection cannot go on after this answer. Once said, it stays so."""
+        droppable = not self._body_open or self._inbox.rest_is_small
+        self._keep = self._keep and droppable and not self._inbox.overflowed
+        return not self._keep
+
+    def answer_error(self, error: ApiError, request_id: str | None, own: Headers) -> None:
+        """Answer with an error of ours; then as ``answer_done``."""
+        close = self.closes_after_answer()
+        self._write_error(error, request_id or self.gateway.new_request_id(), own, close=close)
+        self.answer_done()
+
+    def answer_done(self) -> None:
+        """The answer was written: go on to the next request or close."""
+        self._answer_open = False
+        if self.closes_after_answer():
+            self._close_softly()
+        elif not self._body_open:
+            self._advance()
+
+    def cut(self) -> None:
+        """Close at once: the answer cannot be ended properly."""
+        self._answer_open = False
+        self._closing = True
+        self.transport.abort()
+
+    def refuse(self, error: ApiError) -> None:
+        """Answer a request that is not one, or one too many, and close."""
+        self._write_error(error, self.gateway.new_request_id(), [], close=True)
+        self._close_softly(linger=True)
+
+    def _write_error(self, error: ApiError, request_id: str, own: Headers, *, close: bool) -> None:
+        body = self._head is None or self._head.method != "HEAD"
+        own = [*self.server_state.default_headers, *own]
+        self.transport.write(headers.error_answer(error, request_id=request_id, close=close, own=own, body=body))
+
+    # Back-pressure
+
+    def pause_reading(self) -> None:
+        """Read no more from the client; its deadline stands still. Idempotent."""
+        self.flow.pause_reading()
+        self._deadline = _NEVER
+
+    def resume_reading(self) -> None:
+        """Idempotent."""
+        self.flow.resume_reading()
+        if self._body_open and not self._closing:
+            self._await_body()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.write_paused = True
+        self._paused_since = self.loop.time()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.write_paused = False
+
+    # Deadlines and the end
+
+    def tick(self, now: float) -> None:
+        """Look at deadlines."""
+        if self.write_paused and now - self._paused_since >= self.gateway.limits.write_stall_timeout_s:
+            self.transport.abort()  # connection_lost tells whoever is concerned
+        elif now >= self._deadline:
+            self._on_deadline(now)
+        elif self._claimed and self._answer_open:
+            self.claimed_tick(now)
+
+    def _on_deadline(self, now: float) -> None:
+        if self._closing:
+            self.transport.abort()
+        elif self._body_open:
+            self._on_slow_body(now)
+        elif self._inbox.ahead:
+            self.refuse(RequestTimeout("The request's head did not arrive in time"))
+        else:
+            self.close_idle()
+
+    def _on_slow_body(self, now: float) -> None:
+        limits = self.gateway.limits
+        due = self._body_started_at + limits.body_timeout_s + self._body_bytes / MIN_BODY_RATE
+        if self.flow.read_paused:  # it is we who do not read
+            due = now + limits.body_timeout_s
+        if now < due:
+            self._deadline = due
+        else:
+            self.body_is_bad(RequestTimeout("The request's body did not arrive in time"))
+
+    def close_idle(self) -> None:
+        """Close without a word; nothing is owed."""
+        self._closing = True
+        self.gateway.idle.pop(self, None)
+        self._deadline = self.loop.time() + LINGER_S
+        self.transport.close()
+
+    def shutdown(self) -> None:
+        """The server stops: close when nothing is owed, else after the current answer."""
+        self._stopping = True
+        self._keep = False
+        if not (self._answer_open or self._body_open):
+            self.close_idle()
+        elif self.cycle is not None:
+            self.cycle.keep_alive = False
+
+    def stop(self) -> None:
+        """End what is under way with an honest error, then close."""
+        self.shutdown()
+        if self._answer_open:
+            self.body_is_bad(Draining("The daemon is stopping", retry_after=5))
+
+    def _close_softly(self, *, linger: bool = False) -> None:
+        """Close so that the client can read what was written. ``linger``: it may still be sending, and a plain close
+        would make its system throw the answer away, so what comes is read and dropped for a while."""
+        self._closing = True
+        self._answer_open = False
+        self._inbox.take_ahead()
+        self.gateway.idle.pop(self, None)
+        self.flow.resume_reading()
+        if linger or self._body_open:
+            self._deadline = _NEVER
+            self.loop.call_later(LINGER_S, self.transport.abort)
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+        else:
+            self._deadline = self.loop.time() + self.gateway.limits.write_stall_timeout_s
+            self.transport.close()

@@ -1,0 +1,286 @@
+"""A connection to an engine: one request at a time, its answer parsed by llhttp.
+
+Invariant: bytes whose framing llhttp did not accept are never handed on, and a connection is offered for reuse only
+after an answer that ended exactly where its framing said, on a connection both sides may keep. Must not know: clients,
+keys, routes, how connections are made and kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol, cast
+
+import httptools
+
+from vllm_bootstrap.gateway.head import Headers
+
+MAX_RESPONSE_HEAD = 256 * 1024
+# A kept-alive connection that breaks within this time of being reused had been closed by the engine before.
+STALE_WITHIN_S = 1.0
+
+
+class Receiver(Protocol):
+    """Who gets an answer. Methods are called from the event loop, never after ``release`` or ``abort``."""
+
+    def on_received(self, connection: UpstreamConnection) -> None:
+        """Something of the answer is there: look at ``head_ready``, take ``parts``, look at ``complete``."""
+
+    def on_broken(self, connection: UpstreamConnection, reason: str) -> None:
+        """The connection ended or spoke nonsense before the answer was complete."""
+
+    def on_upstream_writable(self) -> None:
+        """What was written to the engine has left for the most part."""
+
+
+class Splice(Protocol):
+    """Who gets raw bytes once a connection has stopped speaking HTTP."""
+
+    def from_engine(self, data: bytes) -> None:
+        """Bytes from the engine."""
+
+    def engine_gone(self) -> None:
+        """The engine closed the connection."""
+
+    def on_upstream_writable(self) -> None:
+        """What was written to the engine has left for the most part."""
+
+    def on_upstream_full(self) -> None:
+        """The engine reads slower than it is written to."""
+
+
+class _Unintelligible(Exception):
+    """Stops the parser: what comes now is no part of an answer we understand."""
+
+
+class Keeper(Protocol):
+    """Where a connection goes back to."""
+
+    def keep(self, connection: UpstreamConnection, now: float) -> None:
+        """It is idle and may be used again."""
+
+    def discard(self, connection: UpstreamConnection) -> None:
+        """It ended or spoke unasked while idle."""
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One connection. Between ``start`` and the answer's end it belongs to one receiver.
+
+    ``status``, ``headers`` and ``trailers`` are the answer's; ``framing`` is "length", "chunked", "close" or "none".
+    """
+
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
+        self.transport: asyncio.Transport | None = None
+        self.used_before = False
+        self.started_at = 0.0
+        self.idle_since = 0.0
+        self._receiver: Receiver | None = None
+        self._splice: Splice | None = None
+        self._parser: httptools.HttpResponseParser | None = None
+        self._paused = False
+        self.write_paused = False
+        self._begin(None, head_only=False, upgrade=False)
+
+    def _begin(self, receiver: Receiver | None, *, head_only: bool, upgrade: bool) -> None:
+        self._receiver = receiver
+        self._head_only = head_only
+        self._expects_upgrade = upgrade
+        self._interim = False
+        self._head_bytes = 0
+        self.status = 0
+        self.headers: Headers = []
+        self.trailers: Headers = []
+        self.content_length: bytes | None = None
+        self.framing = "close"
+        self.head_ready = False
+        self.complete = False
+        self.upgraded: bytes | None = None
+        self.parts: list[bytes] = []
+        self._reusable = False
+
+    # For the owner
+
+    def start(
+        self, receiver: Receiver, data: bytes, *, now: float, head_only: bool = False, upgrade: bool = False
+    ) -> None:
+        """Send a request's first bytes; the answer goes to ``receiver``. ``head_only``: the answer has no body
+        whatever its headers say. ``upgrade``: a 101 is welcome."""
+        self._begin(receiver, head_only=head_only, upgrade=upgrade)
+        self.started_at = now
+        if self._parser is None:
+            self._parser = httptools.HttpResponseParser(self)
+        self.write(data)
+
+    def write(self, data: bytes) -> None:
+        if self.transport is not None:
+            self.transport.write(data)
+
+    def take_parts(self) -> list[bytes]:
+        parts, self.parts = self.parts, []
+        return parts
+
+    @property
+    def silent(self) -> bool:
+        """Whether not one byte of an answer has come."""
+        return not self.head_ready and self._head_bytes == 0
+
+    def pause(self) -> None:
+        """Read no more from the engine for now. Idempotent."""
+        if not self._paused and self.transport is not None:
+            self._paused = True
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        if self._paused and self.transport is not None:
+            self._paused = False
+            self.transport.resume_reading()
+
+    def splice(self, splice: Splice) -> bytes:
+        """Stop speaking HTTP: from now on bytes go to ``splice``. Returns what came after the 101 already."""
+        self._receiver, self._splice = None, splice
+        rest, self.upgraded = self.upgraded or b"", None
+        return rest
+
+    def release(self, now: float) -> None:
+        """The answer is over: keep the connection if it may be used again, else close it."""
+        self._receiver = None
+        transport = self.transport
+        whole = self.complete and self._reusable
+        if whole and transport is not None and not transport.is_closing() and not transport.get_write_buffer_size():
+            self.resume()
+            self._keeper.keep(self, now)
+        else:
+            self.abort()
+
+    def abort(self) -> None:
+        """Close at once; the engine notices and gives up the request. Idempotent, nobody is called any more."""
+        self._receiver = self._splice = None
+        transport, self.transport = self.transport, None
+        if transport is not None:
+            transport.abort()
+
+    def close_gently(self, within_s: float) -> None:
+        """Close once what was written has left, at the latest after ``within_s``. Nobody is called any more."""
+        self._receiver = self._splice = None
+        transport, self.transport = self.transport, None
+        if transport is not None:
+            transport.close()
+            asyncio.get_running_loop().call_later(within_s, transport.abort)
+
+    # From the transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's are none by name
+
+    def data_received(self, data: bytes) -> None:
+        receiver, parser = self._receiver, self._parser
+        if receiver is None or parser is None:
+            self._take_unasked(data)
+            return
+        problem: str | None = None
+        if not self.head_ready:
+            self._head_bytes += len(data)
+        try:
+            parser.feed_data(data)
+        except httptools.HttpParserUpgrade as exc:
+            self.upgraded = bytes(data[exc.args[0] :])
+        except httptools.HttpParserError as exc:
+            self._reusable = False
+            problem = f"sent no valid HTTP ({exc.__context__ or exc})"
+        if self.head_ready:
+            receiver.on_received(self)  # what was understood goes on even if what follows it was not
+        elif self._head_bytes > MAX_RESPONSE_HEAD:
+            problem = f"sent headers larger than {MAX_RESPONSE_HEAD} bytes"
+        if problem is not None and not self.complete:
+            self._break(problem)
+
+    def _take_unasked(self, data: bytes) -> None:
+        if self._splice is not None:
+            self._splice.from_engine(data)
+        else:  # nothing was asked: this connection is of no use any more
+            self._keeper.discard(self)
+
+    def pause_writing(self) -> None:
+        self.write_paused = True
+        if self._splice is not None:
+            self._splice.on_upstream_full()
+
+    def resume_writing(self) -> None:
+        self.write_paused = False
+        listener = self._splice or self._receiver
+        if listener is not None:
+            listener.on_upstream_writable()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.transport = None
+        if self._splice is not None:
+            self._splice.engine_gone()
+            return
+        receiver = self._receiver
+        if receiver is None:
+            self._keeper.discard(self)
+        elif self.head_ready and self.framing == "close" and exc is None and not self.complete:
+            self.complete = True  # such a body ends with the connection
+            receiver.on_received(self)
+        elif not self.complete:
+            self._break("closed the connection" if exc is None else f"broke the connection ({exc})")
+
+    def _break(self, reason: str) -> None:
+        receiver, self._receiver = self._receiver, None
+        self.abort()
+        if receiver is not None:
+            receiver.on_broken(self, reason)
+
+    # From the parser
+
+    def on_message_begin(self) -> None:
+        if self.complete:
+            self._reusable = False
+            raise _Unintelligible("a second answer")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        (self.trailers if self.head_ready else self.headers).append((name, value))
+
+    def on_headers_complete(self) -> None:
+        parser = self._parser
+        assert parser is not None  # noqa: S101 - it is calling
+        self.status = parser.get_status_code()
+        if 100 <= self.status < 200 and self.status != 101:
+            self._interim = True
+            return
+        if self.status == 101 and not self._expects_upgrade:
+            raise _Unintelligible("a protocol switch")
+        self.framing = self._framing()
+        self.head_ready = True
+        if self._head_only:  # llhttp does not know that this answers a HEAD: it must not read on
+            self.complete = True
+            self._reusable = False
+
+    def _framing(self) -> str:
+        codings = []
+        for name, value in self.headers:
+            lower = name.lower()
+            if lower == b"content-length":
+                self.content_length = value
+            elif lower == b"transfer-encoding":
+                codings.append(value.strip().lower())
+        if self.status in (101, 204, 304):
+            return "none"
+        if codings:
+            if codings != [b"chunked"]:
+                raise _Unintelligible("a transfer coding other than chunked")
+            return "chunked"
+        return "length" if self.content_length is not None else "close"
+
+    def on_body(self, body: bytes) -> None:
+        self.parts.append(body)
+
+    def on_message_complete(self) -> None:
+        if self._interim:
+            self._interim = False
+            self.headers = []
+            return
+        parser = self._parser
+        self.complete = True
+        if not self._head_only:
+            self._reusable = parser is not None and bool(parser.should_keep_alive()) and self.framing != "close"
