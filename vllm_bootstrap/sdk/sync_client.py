@@ -1,0 +1,257 @@
+"""The synchronous client.
+
+Invariant: it differs from the async one only in waiting: calls, answers and decisions are shared (``calls``,
+``transport``, ``waiting``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import Callable, Generator, Mapping
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import httpx
+
+from vllm_bootstrap.sdk import calls, discovery, transport
+from vllm_bootstrap.sdk.calls import Call, LaunchFields, StreamCall
+from vllm_bootstrap.sdk.failures import DaemonUnreachable
+from vllm_bootstrap.sdk.launch import Launch
+from vllm_bootstrap.sdk.sse import EventParser, ServerEvent
+from vllm_bootstrap.sdk.transport import Verify
+from vllm_bootstrap.sdk.waiting import OnProgress, Patience, ReadyWait
+from vllm_bootstrap.wire import (
+    Deleted,
+    GpuListing,
+    Health,
+    LaunchEvent,
+    LaunchStatus,
+    Listing,
+    LogPage,
+    ModelListing,
+    Stats,
+    StopResult,
+    Version,
+)
+
+T = TypeVar("T")
+
+
+def _ignore() -> None:
+    """Nobody wants to know that the stream has begun."""
+
+
+class Client:
+    """Talks to one daemon. Usable as a context manager; may be shared between threads.
+
+    ``url`` and ``key`` are found as ``discovery.find`` says when they are not given. ``timeout_s`` bounds each part of
+    a call (sending, waiting for the answer) except where a method says otherwise; connecting gets 5 s. ``verify`` is
+    what httpx takes: an ``ssl.SSLContext`` for a private certificate.
+
+    Every method raises the daemon's own error (a class of ``vllm_bootstrap.errors``, all ``ApiError``),
+    ``DaemonUnreachable`` when nobody answers, ``UnexpectedAnswer`` when something else does. Connections that break
+    are tried once more where that is harmless; nothing else is retried.
+    """
+
+    def __init__(
+        self, url: str | None = None, key: str | None = None, *, timeout_s: float = 60.0, verify: Verify = True
+    ) -> None:
+        self.target = discovery.find(url, key)
+        self._verify: Verify = verify
+        # A transport of our own keeps httpx from asking the proxies of the environment.
+        own = httpx.HTTPTransport(verify=verify) if self.target.is_loopback else None
+        self._http = httpx.Client(**transport.options(self.target, timeout_s), transport=own, verify=verify)
+
+    def close(self) -> None:
+        """Close all connections. Idempotent."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    # -- launches -----------------------------------------------------------------------------------------------
+
+    def launch(self, model: str, *, idempotency_key: str | None = None, **fields: Unpack[LaunchFields]) -> LaunchStatus:
+        """Start loading a model; returns as soon as the launch is on record. The same ``idempotency_key`` again gives
+        the same launch; one is made when none is given. Raises ``GpuConflict``, ``GpuUnknown``, ``BadRequest``."""
+        return self._do(calls.launch(model, fields, idempotency_key or uuid.uuid4().hex))
+
+    def status(self, launch_id: str) -> LaunchStatus:
+        """State, progress, failure and load of one launch. Raises ``NotFound``."""
+        return self._do(calls.status(launch_id))
+
+    def launches(
+        self, *, include_ended: bool = False, after: str | None = None, limit: int = 100
+    ) -> Listing[LaunchStatus]:
+        """Launches, newest first; ``after`` the last id of a page gives the next one."""
+        return self._do(calls.launches(include_ended=include_ended, after=after, limit=limit))
+
+    def wait_ready(
+        self, launch_id: str, *, timeout_s: float | None = None, on_progress: OnProgress | None = None
+    ) -> LaunchStatus:
+        """Wait until a launch is ready; ``on_progress`` gets every status seen on the way. Without ``timeout_s`` the
+        daemon's own start timeout is the limit. Raises ``LaunchFailed`` when it ends, ``WaitTimeout`` (the launch goes
+        on). A daemon that is restarted meanwhile is waited for."""
+        waiting = ReadyWait(launch_id, timeout_s, on_progress)
+        while True:
+            try:
+                status = self.status(launch_id)
+                if waiting.saw(status):
+                    return status
+            except DaemonUnreachable as exc:
+                waiting.missed(exc)
+            time.sleep(waiting.pause())
+
+    @contextlib.contextmanager
+    def launched(
+        self,
+        model: str,
+        *,
+        ready_timeout_s: float | None = None,
+        on_progress: OnProgress | None = None,
+        **fields: Unpack[LaunchFields],
+    ) -> Generator[Launch]:
+        """Launch, wait until it is ready, and stop it at the end, whatever happens in between::
+
+        with client.launched("Qwen/Qwen3-0.6B") as launch:
+            launch.openai().chat.completions.create(model=launch.served_model_name, messages=[...])
+        """
+        started = self.launch(model, **fields)
+        try:
+            ready = self.wait_ready(started.launch_id, timeout_s=ready_timeout_s, on_progress=on_progress)
+            yield Launch(ready, self.target, self._verify)
+        finally:
+            self.stop(started.launch_id)
+
+    def events(self, launch_id: str, *, after: int = 0, follow: bool = False) -> Generator[LaunchEvent]:
+        """The history of a launch behind the event number ``after``; with ``follow``, live until it has ended."""
+        if follow:
+            stream = self._follow(calls.follow_events(launch_id, after))
+            yield from (LaunchEvent.model_validate_json(event.data) for event in stream)
+            return
+        more = True
+        while more:
+            page = self._do(calls.events(launch_id, after, limit=1000))
+            yield from page.data
+            more, after = page.has_more, page.data[-1].seq if page.data else after
+
+    def stop(self, launch_id: str, *, wait: bool = True, force: bool = False, timeout_s: float = 300.0) -> StopResult:
+        """End a launch; idempotent. With ``wait`` returns when its process tree is seen dead and its GPUs are free
+        again, for at most ``timeout_s``; ``force`` does not let running requests finish."""
+        return self._do(calls.stop(launch_id, wait=wait, force=force, timeout_s=timeout_s))
+
+    def delete(self, launch_id: str) -> Deleted:
+        """Forget an ended launch and its logs. Raises ``Conflict`` while it has not ended."""
+        return self._do(calls.delete(launch_id))
+
+    # -- logs ---------------------------------------------------------------------------------------------------
+
+    def logs(
+        self,
+        launch_id: str,
+        *,
+        offset: int | None = None,
+        limit: int | None = None,
+        tail: int | None = None,
+        attempt: int | None = None,
+    ) -> LogPage:
+        """A piece of the engine's log, from the byte ``offset`` (default 0) or its last ``tail`` lines."""
+        return self._do(calls.logs(launch_id, offset=offset, limit=limit, tail=tail, attempt=attempt))
+
+    def follow_logs(
+        self, launch_id: str, *, offset: int | None = None, tail: int | None = None, attempt: int | None = None
+    ) -> Generator[LogPage]:
+        """The log of one attempt as it grows, until the attempt has ended. Taken up again without a gap when the
+        connection breaks."""
+        call = calls.follow_logs(launch_id, offset=offset, tail=tail, attempt=attempt)
+        yield from (LogPage.model_validate_json(event.data) for event in self._follow(call))
+
+    # -- the box ------------------------------------------------------------------------------------------------
+
+    def gpus(self) -> GpuListing:
+        """Every device the daemon may use, with its owners and others' use."""
+        return self._do(calls.gpus())
+
+    def stats(self) -> Stats:
+        """Figures of host, GPUs and queues."""
+        return self._do(calls.stats())
+
+    def models(self) -> ModelListing:
+        """What can be asked for by name now, as far as the key may see it."""
+        return self._do(calls.models())
+
+    def version(self) -> Version:
+        return self._do(calls.version())
+
+    def healthz(self) -> Health:
+        """Raises ``Unavailable`` or ``Draining`` while the daemon cannot serve."""
+        return self._do(calls.healthz())
+
+    # -- below --------------------------------------------------------------------------------------------------
+
+    def request(self, method: str, path: str, body: Any = None, *, timeout_s: float | None = None) -> Any:
+        """Any route, raw: JSON in, JSON out. Never repeated."""
+        return self._do(calls.raw(method, path, body, timeout_s))
+
+    def stream(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, str | int] | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: Any = None,
+    ) -> Generator[ServerEvent]:
+        """Server-sent events of any route, raw. Ends with the stream, complete or not."""
+        return self._events(method, path, transport.stream_options(headers or {}, params or {}, body), _ignore)
+
+    def _events(
+        self, method: str, path: str, made: Mapping[str, Any], on_open: Callable[[], None]
+    ) -> Generator[ServerEvent]:
+        parser = EventParser()
+        try:
+            with self._http.stream(method, path, **made) as response:
+                if not response.is_success:
+                    transport.check(response, response.read())
+                on_open()
+                for chunk in response.iter_bytes():
+                    yield from parser.feed(chunk)
+        except httpx.TransportError as exc:
+            raise transport.unreachable(self.target, exc) from exc
+
+    def _follow(self, call: StreamCall) -> Generator[ServerEvent]:
+        """A stream until its event ``end``, taken up again behind the last event when it breaks."""
+        patience, current = Patience(), call
+        while True:
+            made = transport.stream_options(current.headers(), current.params, None)
+            try:
+                for event in self._events("GET", current.path, made, patience.answered):
+                    if event.name == "end":
+                        return
+                    yield event
+                    current = calls.resumed(current, event)
+                broken = DaemonUnreachable(self.target.url, "the stream ended early")
+            except DaemonUnreachable as exc:
+                broken = exc
+            time.sleep(patience.missed(broken))
+
+    def _do(self, call: Call[T]) -> T:
+        try:
+            response = self._send(call)
+        except httpx.TransportError as exc:
+            raise transport.unreachable(self.target, exc) from exc
+        return transport.read_answer(call, response)
+
+    def _send(self, call: Call[Any]) -> httpx.Response:
+        made = transport.request_options(call)
+        try:
+            return self._http.request(call.method, call.path, **made)
+        except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
+            if not call.may_repeat:
+                raise
+        return self._http.request(call.method, call.path, **made)

@@ -1,0 +1,84 @@
+"""The decisions of waiting for a launch and of following a stream across interruptions. No input or output.
+
+Invariant: a daemon that is restarted under a client (its launches go on) looks like a pause, not like an end; one
+that stays away is an error after ``RESTART_PATIENCE_S``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from vllm_bootstrap.sdk.failures import DaemonUnreachable, LaunchFailed, WaitTimeout
+from vllm_bootstrap.wire import LaunchStatus
+
+RESTART_PATIENCE_S = 60.0
+FIRST_POLL_S, SLOWEST_POLL_S = 0.1, 0.5
+ENDED = frozenset({"stopped", "failed"})
+
+OnProgress = Callable[[LaunchStatus], object]
+Clock = Callable[[], float]
+
+
+def is_over(status: LaunchStatus) -> bool:
+    """Whether a launch has ended for good."""
+    return status.state in ENDED
+
+
+class Patience:
+    """How long to put up with a daemon that does not answer any more. One that never did is an error at once."""
+
+    def __init__(self, limit_s: float = RESTART_PATIENCE_S, clock: Clock = time.monotonic) -> None:
+        self._limit_s, self._clock = limit_s, clock
+        self._met = False
+        self._since: float | None = None
+
+    def answered(self) -> None:
+        self._met, self._since = True, None
+
+    def missed(self, error: DaemonUnreachable) -> float:
+        """Seconds until the next try; raises ``error`` when it has been away too long."""
+        if not self._met:
+            raise error
+        now = self._clock()
+        self._since = now if self._since is None else self._since
+        if now - self._since >= self._limit_s:
+            raise error
+        return SLOWEST_POLL_S
+
+
+class ReadyWait:
+    """One ``wait_ready``. The caller polls: ``saw`` or ``missed`` after each poll, then ``pause``."""
+
+    def __init__(
+        self, launch_id: str, timeout_s: float | None, on_progress: OnProgress | None, clock: Clock = time.monotonic
+    ) -> None:
+        self._launch_id, self._timeout_s, self._on_progress = launch_id, timeout_s, on_progress
+        self._clock, self._began = clock, clock()
+        self._patience = Patience(clock=clock)
+        self._last: LaunchStatus | None = None
+        self._poll_s = FIRST_POLL_S
+
+    def saw(self, status: LaunchStatus) -> bool:
+        """Whether the waiting is over. Raises ``LaunchFailed`` when the launch is."""
+        self._patience.answered()
+        self._last = status
+        if self._on_progress is not None:
+            self._on_progress(status)
+        if is_over(status):
+            raise LaunchFailed(status)
+        return status.state == "ready"
+
+    def missed(self, error: DaemonUnreachable) -> None:
+        """The poll found nobody. Raises ``error`` when that lasts."""
+        self._patience.missed(error)
+
+    def pause(self) -> float:
+        """Seconds until the next poll. Raises ``WaitTimeout``."""
+        self._poll_s = min(SLOWEST_POLL_S, self._poll_s * 1.5)
+        if self._timeout_s is None:
+            return self._poll_s
+        left = self._timeout_s - (self._clock() - self._began)
+        if left <= 0:
+            raise WaitTimeout(self._last, self._launch_id, self._timeout_s)
+        return min(self._poll_s, left)
