@@ -1,0 +1,89 @@
+"""Settings into the plain values that inner parts work with. Knows both sides, decides nothing but user ids."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from pathlib import Path
+
+from vllm_bootstrap import instance
+from vllm_bootstrap.engines.environment import base_environment
+from vllm_bootstrap.gateway.limits import GatewayLimits
+from vllm_bootstrap.launches.config import SupervisorConfig
+from vllm_bootstrap.settings import Settings
+
+
+class StartError(Exception):
+    """The daemon cannot start; the message is for the person who started it."""
+
+
+def supervisor_config(settings: Settings, state: instance.Instance) -> SupervisorConfig:
+    """The supervisor's plain values, out of the settings."""
+    uid, gid = engine_identity(settings.engine_user)
+    hf_token = settings.hf_token.get_secret_value() if settings.hf_token is not None else None
+    return SupervisorConfig(
+        node_id=state.node_id,
+        state_id=state.state_id,
+        boot_id=state.boot_id,
+        instance_secret=state.secret,
+        log_base=settings.engine_log_dir,
+        lock_dir=settings.lock_dir,
+        default_engine=settings.default_engine,
+        port_range=(settings.engine_port_start, settings.engine_port_end),
+        base_env=base_environment(os.environ, passthrough=settings.engine_env_passthrough),
+        hf_token=hf_token,
+        hf_home=settings.hf_home or Path.home() / ".cache/huggingface",
+        uid=uid,
+        gid=gid,
+        allow_dangerous_args=settings.allow_dangerous_args,
+        start_timeout_s=settings.start_timeout_s,
+        start_stall_timeout_s=settings.start_stall_timeout_s,
+        stop_grace_s=settings.stop_grace_s,
+        probe_interval_s=settings.probe_interval_s,
+        probe_timeout_s=settings.probe_timeout_s,
+        unresponsive_after_s=settings.unresponsive_after_s,
+        unhealthy_after_s=settings.unhealthy_after_s,
+        restart_max_attempts=settings.restart_max_attempts,
+        restart_backoff_s=settings.restart_backoff_s,
+        restart_backoff_max_s=settings.restart_backoff_max_s,
+        restart_reset_s=settings.restart_reset_s,
+        ended_launches_kept=settings.ended_launches_kept,
+        log_segment_bytes=settings.engine_log_segment_bytes,
+        log_max_bytes=settings.engine_log_max_bytes,
+        ended_logs_max_bytes=settings.ended_logs_max_bytes,
+        gpu_busy_bytes=settings.gpu_busy_bytes,
+        gpu_settle_timeout_s=settings.gpu_settle_timeout_s,
+        gpu_settle_tolerance_bytes=settings.gpu_settle_tolerance_bytes,
+    )
+
+
+def gateway_limits(settings: Settings) -> GatewayLimits:
+    """The data plane's numbers, out of the settings."""
+    return GatewayLimits(
+        max_header_bytes=settings.max_header_bytes,
+        max_header_count=settings.max_header_count,
+        header_timeout_s=settings.header_timeout_s,
+        body_timeout_s=settings.body_timeout_s,
+        keep_alive_s=settings.keep_alive_s,
+        max_connections=settings.max_connections,
+        max_body_bytes=settings.max_body_bytes,
+        max_upload_bytes=settings.max_upload_bytes,
+        write_stall_timeout_s=settings.write_stall_timeout_s,
+        upstream_connect_timeout_s=settings.upstream_connect_timeout_s,
+        upstream_first_byte_timeout_s=settings.upstream_first_byte_timeout_s,
+        upstream_idle_timeout_s=settings.upstream_idle_timeout_s,
+        upstream_keep_alive_s=settings.upstream_keep_alive_s,
+    )
+
+
+def engine_identity(user: str | None) -> tuple[int | None, int | None]:
+    """Numeric user and group that engines run as. Raises ``StartError``."""
+    if user is None:
+        return None, None
+    try:
+        entry = pwd.getpwnam(user)
+    except KeyError:
+        raise StartError(f"VLLM_BOOTSTRAP_ENGINE_USER: there is no user {user!r} on this machine") from None
+    if os.geteuid() != 0 and entry.pw_uid != os.geteuid():
+        raise StartError("VLLM_BOOTSTRAP_ENGINE_USER needs a daemon that runs as root")
+    return (entry.pw_uid, entry.pw_gid) if os.geteuid() == 0 else (None, None)
