@@ -1,0 +1,93 @@
+# ruff: noqa: PLC0415 - the engine's libraries take seconds to import, the usage message should not
+"""Make a tiny random Llama with its own tokenizer, for tests against a real engine. Nothing is downloaded.
+
+Run it with the engine's interpreter (it needs torch, transformers and tokenizers): ``make_tiny_model.py OUTPUT_DIR``.
+The result is deterministic: 2.4 million random parameters (9 MB), a byte-level BPE of 2,048 tokens trained on text that
+is generated here, and a chat template. Idempotent: an output directory that is complete is left as it is.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+VOCABULARY = 2048
+POSITIONS = 2048
+SPECIALS = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in "aeio"]
+
+
+def sentences(count: int, seed: int = 7) -> Iterator[str]:
+    """Pronounceable nonsense with punctuation and numbers: enough variety for the tokenizer to fill its vocabulary."""
+    source = random.Random(seed)
+    words = ["".join(source.choices(SYLLABLES, k=source.randint(1, 4))) for _ in range(4000)]
+    for _ in range(count):
+        line = " ".join(source.choices(words, k=source.randint(4, 14)))
+        yield f"{line.capitalize()}{source.choice('.!?')} {source.randint(0, 9999)}"
+
+
+def make_tokenizer(out: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sentences(8000), trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=POSITIONS
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    wrapped.save_pretrained(out)
+
+
+def make_model(out: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=POSITIONS,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        torch_dtype="float32",
+    )
+    LlamaForCausalLM(config).save_pretrained(out)
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) != 2:
+        print("usage: make_tiny_model.py OUTPUT_DIR", file=sys.stderr)
+        return 2
+    out = Path(argv[1])
+    complete = out / ".complete"
+    if not complete.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        make_tokenizer(out)
+        make_model(out)
+        complete.touch()
+    print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv))
