@@ -16,18 +16,30 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "generation_tokens": ("vllm:generation_tokens_total", "vllm:generation_tokens"),
     "prompt_tokens": ("vllm:prompt_tokens_total", "vllm:prompt_tokens"),
     "kv_usage": ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"),
+    "preemptions": ("vllm:num_preemptions_total", "vllm:num_preemptions"),
+    "inter_token_s": ("vllm:inter_token_latency_seconds_sum", "vllm:time_per_output_token_seconds_sum"),
+    "inter_tokens": ("vllm:inter_token_latency_seconds_count", "vllm:time_per_output_token_seconds_count"),
+    "prefill_s": ("vllm:request_prefill_time_seconds_sum",),
+    "prefills": ("vllm:request_prefill_time_seconds_count",),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """An engine's own count of its work. ``kv_usage`` is a fraction (the fullest of several). None: unknown."""
+    """An engine's own count of its work. ``kv_usage`` is a fraction (the fullest of several). ``inter_token_s`` are the
+    seconds between a sequence's tokens, summed over ``inter_tokens`` of them; ``prefill_s`` likewise from the first
+    step of a prompt to its first token. None: unknown."""
 
     running: float | None = None
     waiting: float | None = None
     generation_tokens: float | None = None
     prompt_tokens: float | None = None
     kv_usage: float | None = None
+    preemptions: float | None = None
+    inter_token_s: float | None = None
+    inter_tokens: float | None = None
+    prefill_s: float | None = None
+    prefills: float | None = None
 
 
 def parse_counters(text: str) -> Counters:

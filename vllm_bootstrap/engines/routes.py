@@ -50,9 +50,16 @@ def vllm_routes(version: Version = NEWEST) -> tuple[EngineRoute, ...]:
     return tuple(route for route, since in _VLLM if version >= since)
 
 
+# For engines that keep responses. Those we start ourselves keep none (see ``vllm_command``).
+_STORED = (
+    EngineRoute("GET", "/v1/responses/*", INFERENCE),
+    EngineRoute("POST", "/v1/responses/*/cancel", INFERENCE),
+)
+
+
 def known_routes() -> Mapping[str, EngineRoute]:
     """Every allow-listed route by ``METHOD /path``, for operators to name in the engines file."""
-    return {f"{route.method} {route.path}": route for route, _ in _VLLM}
+    return {f"{route.method} {route.path}": route for route in (*(route for route, _ in _VLLM), *_STORED)}
 
 
 # What nearly every OpenAI-compatible server has; the default of an operator's own engines.

@@ -407,6 +407,57 @@ def test_no_time_means_at_once():
         assert streamed.body.count(b'"text":') == 500
 
 
+# -- with a profile ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory):
+    """Steps of 5 ms, a cache of 16 blocks of 4 tokens."""
+    costs = {"step_base_s": 0.005, "api_request_s": 0.001, "block_size": 4, "kv_blocks": 16}
+    file = tmp_path_factory.mktemp("profile") / "small.json"
+    file.write_text(json.dumps({"name": "small", "source": "a test", "measured": False, **costs}))
+    with Simulator(profile=file, max_model_len=64, max_num_seqs=4, max_num_batched_tokens=16) as running:
+        yield running
+
+
+def test_a_profile_batches_continuously_and_prefixes_are_shared(profiled):
+    text = " ".join(f"w{i}" for i in range(20))
+    for _ in range(2):
+        answer = profiled.complete(text, max_tokens=5, ignore_eos=True)
+        usage = answer.json()["usage"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (20, 5)
+    assert profiled.metric("prefix_cache_queries_total") == 40
+    assert profiled.metric("prefix_cache_hits_total") == 16
+    # The same words as a conversation, as token ids and behind a system prompt are other prefixes.
+    chat = {"model": "tiny", "max_tokens": 1, "messages": [{"role": "user", "content": text}]}
+    for body in (chat, chat, {**chat, "messages": [{"role": "system", "content": "Be kind."}, *chat["messages"]]}):
+        assert post(profiled, "/v1/chat/completions", body).status == 200
+    for _ in range(2):
+        assert profiled.complete(list(range(9)), max_tokens=1).status == 200
+
+
+def test_without_blocks_somebody_is_preempted_and_all_are_answered(profiled):
+    before = profiled.metric("num_preemptions_total")
+    with ThreadPoolExecutor(4) as pool:
+        answers = [
+            pool.submit(profiled.complete, f"{i} {i} {i} {i}", max_tokens=40, ignore_eos=True, stream=bool(i % 2))
+            for i in range(4)
+        ]
+        assert all(answer.result().status == 200 for answer in answers)
+    assert profiled.metric("num_preemptions_total") > before
+    assert profiled.metric("kv_cache_usage_perc") == 0
+    assert profiled.metric("num_requests_running") == profiled.metric("num_requests_waiting") == 0
+
+
+def test_an_embedding_and_a_vanished_client_with_a_profile(profiled):
+    assert post(profiled, "/v1/embeddings", {"input": "a b c"}).status == 200
+    connection = start(profiled, {"prompt": "a", "max_tokens": 60, "ignore_eos": True, "stream": True})
+    wait_for(lambda: profiled.metric("num_requests_running") == 1)
+    connection.close()
+    wait_for(lambda: profiled.metric("num_requests_running") == 0, timeout_s=1)
+    wait_for(lambda: profiled.metric("kv_cache_usage_perc") == 0, timeout_s=1)
+
+
 # -- HTTP ----------------------------------------------------------------------------------------------------------
 
 

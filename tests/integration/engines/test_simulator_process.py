@@ -16,9 +16,11 @@ import pytest
 
 from tests.support.simulator import MODULE, Simulator, UdsConnection
 from tests.support.waiting import wait_for
+from vllm_bootstrap.engines.base import ExitFacts, FailureClass
 from vllm_bootstrap.engines.phases import PHASES, parse_progress
 from vllm_bootstrap.engines.simulator.deaths import DEATHS
 from vllm_bootstrap.engines.simulator.knobs import KNOBS
+from vllm_bootstrap.engines.simulator_engine import SimulatorEngine
 
 CORE, DAEMONISED = "VLLM::EngineCore", "VLLM::Daemonised"
 WORKERS = ("VLLM::Worker_TP0", "VLLM::Worker_TP1")
@@ -282,6 +284,16 @@ def test_it_dies_at_boot_as_each_class_does():
         assert all(line in log for line in death.text.splitlines()), name
         assert (death.last_line or "") in log
         assert "startup complete" not in log
+
+
+def test_a_cache_too_small_for_one_request_ends_the_start_as_vllms_does():
+    with Simulator(profile="vllm-cpu-tiny", num_gpu_blocks_override=8, max_model_len=2000, ready=False) as simulator:
+        assert simulator.process.wait(15) == 1
+        log = simulator.log
+        assert "max seq len (2000)" in log
+        assert simulator.tree() == {}
+    failure = SimulatorEngine().explain(ExitFacts(1, None, was_ready=False), log.splitlines())
+    assert failure.failure_class == FailureClass.KV_CACHE_TOO_SMALL
 
 
 def test_never_ready_stays_in_loading_and_can_be_stopped():

@@ -6,12 +6,15 @@ RECORDED = Path(__file__).resolve().parents[2] / "fixtures/engine_logs/metrics-0
 
 
 def test_metrics_of_the_real_engine():
-    assert parse_counters(RECORDED.read_text()) == Counters(0.0, 0.0, 3.0, 5.0, 0.0)
+    assert parse_counters(RECORDED.read_text()) == Counters(
+        0.0, 0.0, 3.0, 5.0, 0.0, 0.0, 0.00743263799995475, 2.0, 0.013561668999955145, 1.0
+    )
 
 
 def test_older_names():
     text = 'vllm:gpu_cache_usage_perc{model_name="m"} 0.5\nvllm:generation_tokens{model_name="m"} 7\n'
-    assert parse_counters(text) == Counters(generation_tokens=7.0, kv_usage=0.5)
+    text += 'vllm:time_per_output_token_seconds_sum{model_name="m"} 1.5\n'
+    assert parse_counters(text) == Counters(generation_tokens=7.0, kv_usage=0.5, inter_token_s=1.5)
 
 
 def test_several_engines_are_added_up():

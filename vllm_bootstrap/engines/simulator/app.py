@@ -9,10 +9,14 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from vllm_bootstrap.engines.simulator.batching import Batching
+from vllm_bootstrap.engines.simulator.blocks import Blocks
 from vllm_bootstrap.engines.simulator.http import Exchange
 from vllm_bootstrap.engines.simulator.knobs import Options
 from vllm_bootstrap.engines.simulator.metrics import Metrics
-from vllm_bootstrap.engines.simulator.model import Model, Timer
+from vllm_bootstrap.engines.simulator.model import Model
+from vllm_bootstrap.engines.simulator.sequence import Batch, Timer
+from vllm_bootstrap.engines.simulator.stepcost import Profile
 from vllm_bootstrap.engines.simulator.text import Vocabulary
 
 RECORDED_REQUESTS = 200
@@ -37,20 +41,44 @@ class App:
         self.metrics = Metrics()
         self.vocabulary = Vocabulary()
         self.call_later = call_later
-        self.batch = Model(
+        profile = options.load_profile()
+        # Tokens in a block of the prefix cache, 0 for no such cache.
+        self.prefix_block = profile.block_size if profile is not None and options.enable_prefix_caching else 0
+        self.batch: Batch = self._at_fixed_rates(clock) if profile is None else self._continuous(profile, clock)
+        self.received: deque[dict[str, Any]] = deque(maxlen=RECORDED_REQUESTS)
+        self.draining = False
+        self.accepted = 0
+        self.answered = 0
+        self.on_answered: Callable[[int], None] = lambda _: None
+
+    def _at_fixed_rates(self, clock: Callable[[], float]) -> Model:
+        options = self.options
+        return Model(
             slots=options.max_num_seqs,
             tokens_per_second=options.tokens_per_second,
             prefill_tokens_per_second=options.prefill_tokens_per_second,
             capacity_tokens=self.context_length * options.max_num_seqs,
             metrics=self.metrics,
             clock=clock,
-            call_later=call_later,
+            call_later=self.call_later,
         )
-        self.received: deque[dict[str, Any]] = deque(maxlen=RECORDED_REQUESTS)
-        self.draining = False
-        self.accepted = 0
-        self.answered = 0
-        self.on_answered: Callable[[int], None] = lambda _: None
+
+    def _continuous(self, profile: Profile, clock: Callable[[], float]) -> Batching:
+        options = self.options
+        return Batching(
+            profile,
+            slots=options.max_num_seqs,
+            budget=options.max_num_batched_tokens or profile.max_num_batched_tokens,
+            blocks=Blocks(
+                options.num_gpu_blocks_override or profile.kv_blocks,
+                profile.block_size,
+                caching=options.enable_prefix_caching,
+            ),
+            metrics=self.metrics,
+            clock=clock,
+            call_later=self.call_later,
+            fcfs=options.scheduling_policy == "fcfs",
+        )
 
     def accept(self) -> None:
         """Count an inference request that goes to the batch."""

@@ -25,6 +25,11 @@ SHARDS = 4
 GRAPH_SIZES = 5
 # Parts of the boot delay.
 IMPORTING, CONFIGURING, LOADING, COMPILING, CAPTURING = 0.2, 0.1, 0.4, 0.2, 0.1
+TOO_SMALL = (
+    "ValueError: To serve at least one request with the model's max seq len ({wanted}), more KV cache is needed than "
+    "the available KV cache memory. Based on the available memory, the estimated maximum model length is {there}. Try "
+    "increasing `gpu_memory_utilization` or decreasing `max_model_len` when initializing the engine."
+)
 
 
 class Interrupted(BaseException):
@@ -184,12 +189,14 @@ class Boot:
         self._pass(COMPILING)
         log.say("monitor.py:20", f"torch.compile took {options.boot_delay * COMPILING:.2f} s in total")
         self._stage("memory")
-        tokens = options.context_length * options.max_num_seqs
+        tokens = options.cache_tokens
+        if tokens < options.context_length:
+            self._die(1, TOO_SMALL.format(wanted=options.context_length, there=tokens))
         log.say("gpu_worker.py:760", "Available KV cache memory: 4.00 GiB")
         log.say(
             "kv_cache_utils.py:2328",
             f"GPU KV cache size: {tokens:,} tokens, Maximum concurrency for {options.context_length:,} tokens per "
-            f"request: {options.max_num_seqs:.2f}x",
+            f"request: {tokens / options.context_length:.2f}x",
         )
         if not options.enforce_eager:
             for graph in range(1, GRAPH_SIZES + 1):

@@ -10,12 +10,16 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from vllm_bootstrap.engines.simulator.deaths import DEATHS
+from vllm_bootstrap.engines.simulator.stepcost import BadProfile, Profile, profile_of
 from vllm_bootstrap.errors import BadRequest, UnknownField
 
 T = TypeVar("T")
+PROFILES = ("vllm-cpu-tiny", "h200-8b")
+PROFILE_FOLDER = Path(__file__).parent / "profiles"
 TASKS = ("generate", "embed", "score", "transcription", "realtime")
 _LENGTH = re.compile(r"(\d+(?:\.\d+)?)([kKmMgG]?)")
 
@@ -50,18 +54,22 @@ class Options:
     dtype: str = _vllm("auto", "only shown")
     gpu_memory_utilization: float = _vllm(0.9, "only shown")
     kv_cache_memory_bytes: int | None = _vllm(None, "only shown")
-    max_num_batched_tokens: int | None = _vllm(None, "only shown")
+    max_num_batched_tokens: int | None = _vllm(None, "tokens of one step (with a profile; default: the profile's)")
     quantization: str | None = _vllm(None, "only shown")
     kv_cache_dtype: str = _vllm("auto", "only shown")
     revision: str | None = _vllm(None, "only shown")
     tokenizer: str | None = _vllm(None, "only shown")
     seed: str | None = _vllm(None, "only shown")
     enforce_eager: bool = _vllm(False, "leave out the phase of graph capturing")
-    enable_prefix_caching: bool = _vllm(True, "only shown")
+    enable_prefix_caching: bool = _vllm(True, "remember the KV blocks of prompts (with a profile)")
 
     tasks: str = _option("all", f"comma list of what it can do: {', '.join(TASKS)}")
-    tokens_per_second: float = _option(100.0, "speed of each sequence, 0 for at once")
-    prefill_tokens_per_second: float = _option(20_000.0, "speed of reading a prompt, 0 for at once")
+    tokens_per_second: float = _option(100.0, "speed of each sequence, 0 for at once; without a profile")
+    prefill_tokens_per_second: float = _option(20_000.0, "speed of reading a prompt, likewise")
+    profile: str | None = _option(
+        None, f"batch as vLLM does, in the time of this engine: {', '.join(PROFILES)}, or a JSON file (not at launch)"
+    )
+    num_gpu_blocks_override: int = _option(0, "KV blocks, instead of the profile's")
     embedding_size: int = _option(32, "dimensions of embeddings")
     keep_alive_timeout: float = _option(5.0, "idle connections are closed after so many seconds")
     health_delay: float = _option(0.0, "seconds before /health answers")
@@ -102,6 +110,21 @@ class Options:
     @property
     def task_set(self) -> frozenset[str]:
         return frozenset(TASKS if self.tasks == "all" else self.tasks.split(","))
+
+    def load_profile(self) -> Profile | None:
+        """The profile that was asked for, read. Raises ``OSError`` and ``BadProfile``."""
+        if self.profile is None:
+            return None
+        shipped = self.profile in PROFILES
+        return profile_of((PROFILE_FOLDER / f"{self.profile}.json" if shipped else Path(self.profile)).read_text())
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that fit into the KV cache; without a profile always enough."""
+        profile = self.load_profile()
+        if profile is None:
+            return self.context_length * self.max_num_seqs
+        return (self.num_gpu_blocks_override or profile.kv_blocks) * profile.block_size
 
     def changed(self) -> dict[str, object]:
         """What differs from the defaults, as vLLM shows it at start."""
@@ -163,11 +186,23 @@ def parse(argv: Sequence[str]) -> Options:
         unknown = options.task_set - set(TASKS)
         if unknown or options.context_length < 1:
             raise ValueError(f"not a task: {', '.join(sorted(unknown))}")
-    except ValueError as exc:
+        _check_profile(options)
+    except (ValueError, OSError) as exc:
         made.error(str(exc))
     if not options.max_num_seqs or not options.tensor_parallel_size or not options.pipeline_parallel_size:
         made.error("--max-num-seqs and parallel sizes must be at least 1")
     return options
+
+
+def _check_profile(options: Options) -> None:
+    try:
+        profile = options.load_profile()
+    except BadProfile as exc:
+        raise ValueError(f"--profile {options.profile}: {exc}") from None
+    if profile is None and options.num_gpu_blocks_override:
+        raise ValueError("--num-gpu-blocks-override needs --profile")
+    if profile is not None and options.max_num_batched_tokens == 0:
+        raise ValueError("--max-num-batched-tokens must be at least 1")
 
 
 def launch_arguments(extra: Mapping[str, Any]) -> tuple[str, ...]:
@@ -201,6 +236,8 @@ def _argument(given: str, option: Field[Any], value: Any) -> str:
 
 
 def _fits(name: str, value: str) -> bool:
+    if name == "profile":
+        return value in PROFILES  # files are for the command line: a launch must not have the engine read any
     return name != "tasks" or value == "all" or set(value.split(",")) <= set(TASKS)
 
 

@@ -1,4 +1,4 @@
-"""What the simulator counts, and its Prometheus text under vLLM's names.
+"""What the simulator counts, and its Prometheus text under vLLM's names. PURE.
 
 Written by hand, not with a metrics library: start-up must stay far below half a second, and one plain integer is
 cheaper to count in the token loop. It must not know how tokens are made.
@@ -47,6 +47,8 @@ class Metrics:
         self.prompt_tokens = 0
         self.generation_tokens = 0
         self.preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
         self.websockets = 0
         self.finished = dict.fromkeys(("stop", "length", "abort", "error"), 0)
         self.histograms = {
@@ -90,4 +92,6 @@ class Metrics:
             "prompt_tokens": self.prompt_tokens,
             "generation_tokens": self.generation_tokens,
             "num_preemptions": self.preemptions,
+            "prefix_cache_queries": self.prefix_queries,
+            "prefix_cache_hits": self.prefix_hits,
         }

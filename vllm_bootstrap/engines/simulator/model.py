@@ -1,4 +1,7 @@
-"""Continuous batching without a model: slots, a waiting queue by priority, prefill time, one token per step.
+"""Batching at fixed rates: slots, a waiting queue by priority, prefill time, one token per step. PURE.
+
+What a sequence takes does not depend on what else runs, which is what tests of everything around an engine want; see
+``batching`` for an engine that behaves as a real one under load.
 
 Invariant: at most ``slots`` sequences run; a sequence that ended or was aborted holds no slot from that moment on,
 and the longest waiting of the lowest priority number takes it. Counters move exactly when tokens do.
@@ -10,58 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from heapq import heapify, heappop, heappush
-from itertools import count
-from typing import Protocol
 
 from vllm_bootstrap.engines.simulator.metrics import Metrics
+from vllm_bootstrap.engines.simulator.sequence import DECODE, ENDED, PREFILL, WAITING, Sequence, Timer, Waiting
 
 # Below this a timer cannot be kept: the step is made at once and the clock catches up.
 SHORTEST_WAIT_S = 0.0005
 MAX_LAG_STEPS = 20
-
-
-class Timer(Protocol):
-    def cancel(self) -> None: ...
-
-
-class Sink(Protocol):
-    """Who is told. ``on_token``: ``produced`` grew; ``on_end``: all tokens are there and the slot is free;
-    ``on_failure``: the engine died under it. None of them may raise."""
-
-    def on_token(self, sequence: Sequence) -> None: ...
-    def on_end(self, sequence: Sequence) -> None: ...
-    def on_failure(self, sequence: Sequence, message: str) -> None: ...
-
-
-WAITING, PREFILL, DECODE, ENDED = range(4)
-
-
-class Sequence:
-    """One sequence of one request. ``total`` tokens are wanted (0: only prefill, as for an embedding).
-    ``streamed`` sequences get their tokens one by one even when no time is to pass between them."""
-
-    __slots__ = (
-        "admitted_at", "arrived_at", "finish_reason", "first_at", "index", "priority", "produced", "prompt_tokens",
-        "sent", "sink", "state", "streamed", "timer", "total",
-    )  # fmt: skip
-
-    def __init__(
-        self, sink: Sink, *, prompt_tokens: int, total: int, priority: int = 0, index: int = 0,
-        streamed: bool = False, finish_reason: str = "stop",
-    ) -> None:  # fmt: skip
-        self.sink = sink
-        self.prompt_tokens = prompt_tokens
-        self.total = total
-        self.priority = priority
-        self.index = index
-        self.streamed = streamed
-        self.finish_reason = finish_reason
-        self.produced = 0
-        self.sent = 0
-        self.state = WAITING
-        self.timer: Timer | None = None
-        self.arrived_at = self.admitted_at = self.first_at = 0.0
 
 
 class Model:
@@ -86,9 +44,7 @@ class Model:
         self._metrics = metrics
         self._clock = clock
         self._call_later = call_later
-        self._order = count()
-        self._queue: list[tuple[int, int, Sequence]] = []
-        self._waiting = 0
+        self._queue = Waiting()
         self._running: dict[Sequence, None] = {}
         self._decoding: dict[Sequence, None] = {}
         self._held: list[Sequence] = []
@@ -102,7 +58,12 @@ class Model:
 
     @property
     def waiting(self) -> int:
-        return self._waiting
+        return len(self._queue)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anybody is still to be answered."""
+        return bool(self._running or self._queue)
 
     @property
     def cache_usage(self) -> float:
@@ -113,8 +74,7 @@ class Model:
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence; it may start at once."""
         sequence.arrived_at = self._clock()
-        heappush(self._queue, (sequence.priority, next(self._order), sequence))
-        self._waiting += 1
+        self._queue.push(sequence)
         self._admit()
 
     def abort(self, sequence: Sequence) -> None:
@@ -122,7 +82,6 @@ class Model:
         if sequence.state != ENDED:
             self._leave(sequence, "abort")
             self._admit()
-            self._compact()
 
     def freeze(self, reason: str) -> None:
         """Stand still until every reason is gone: nothing is produced, requests stay where they are."""
@@ -142,18 +101,13 @@ class Model:
     def fail(self, message: str) -> None:
         """The engine died: everything running or waiting fails, nothing more is taken."""
         self.dead = message
-        waiting = [s for _, _, s in self._queue if s.state == WAITING]
-        self._queue.clear()
-        for sequence in [*self._running, *waiting]:
+        for sequence in [*self._running, *self._queue.clear()]:
             self._leave(sequence, "error")
             sequence.sink.on_failure(sequence, message)
 
     def _admit(self) -> None:
-        while self._queue and len(self._running) < self.slots:
-            _, _, sequence = heappop(self._queue)
-            if sequence.state != WAITING:
-                continue
-            self._waiting -= 1
+        while len(self._running) < self.slots and (sequence := self._queue.peek()) is not None:
+            self._queue.pop()
             self._running[sequence] = None
             sequence.state = PREFILL
             sequence.admitted_at = self._clock()
@@ -206,26 +160,20 @@ class Model:
                 self._produce(sequence, 1)
         self._schedule_step()
 
-    def _compact(self) -> None:
-        # Aborted ones stay in the heap until their turn; without this a full engine would keep every one of them.
-        if len(self._queue) > 2 * self._waiting + 64:
-            self._queue = [entry for entry in self._queue if entry[2].state == WAITING]
-            heapify(self._queue)
-
     def _end(self, sequence: Sequence) -> None:
         self._leave(sequence, sequence.finish_reason)
         sequence.sink.on_end(sequence)
         self._admit()
 
     def _leave(self, sequence: Sequence, reason: str) -> None:
-        if sequence.state == WAITING:
-            self._waiting -= 1
+        was, sequence.state = sequence.state, ENDED
+        if was == WAITING and self._queue:
+            self._queue.gone()
         if sequence.timer is not None:
             sequence.timer.cancel()
             sequence.timer = None
         self._running.pop(sequence, None)
         self._decoding.pop(sequence, None)
-        sequence.state = ENDED
         self._metrics.finished[reason] += 1
         self._observe(sequence)
 

@@ -9,9 +9,10 @@ from http import HTTPStatus
 from typing import Any
 
 from vllm_bootstrap.engines.simulator.app import App
+from vllm_bootstrap.engines.simulator.blocks import prefix_hashes
 from vllm_bootstrap.engines.simulator.formats import error_body
 from vllm_bootstrap.engines.simulator.http import Exchange
-from vllm_bootstrap.engines.simulator.text import Answer, answer_to, count_tokens
+from vllm_bootstrap.engines.simulator.text import Answer, answer_to, count_tokens, pieces
 
 MAX_SEQUENCES = 16_384
 DEFAULT_COMPLETION_TOKENS = 16
@@ -90,8 +91,18 @@ def priority_of(app: App, exchange: Exchange, body: Mapping[str, Any]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
+    """``text`` is what is answered; ``whole`` what is read, where that is more: a text or token ids."""
+
     text: str
     tokens: int
+    whole: str | tuple[int, ...] = ""
+
+    def prefix(self, block: int) -> tuple[int, ...]:
+        """For the prefix cache, in blocks of so many tokens; 0 for none."""
+        if not block or self.tokens < block:
+            return ()
+        whole = self.whole or self.text
+        return prefix_hashes(pieces(whole) if isinstance(whole, str) else whole, block)
 
 
 def prompts_of(app: App, value: Any, name: str = "prompt") -> list[Prompt]:
@@ -99,7 +110,7 @@ def prompts_of(app: App, value: Any, name: str = "prompt") -> list[Prompt]:
     if isinstance(value, list) and value and all(isinstance(part, int) for part in value):
         value = [value]
     if isinstance(value, list) and value and all(_is_token_list(part) for part in value):
-        return [Prompt(app.vocabulary.decode(part), len(part)) for part in value]
+        return [Prompt(app.vocabulary.decode(part), len(part), tuple(part)) for part in value]
     return [Prompt(text, count_tokens(text)) for text in texts(value, name)]
 
 
@@ -114,7 +125,8 @@ def conversation(messages: Any, system: Any = None) -> Prompt:
     parts = [_content(message.get("content")) for message in messages]
     tokens = sum(part.tokens for part in parts) + _content(system).tokens
     asked = [part for part, message in zip(parts, messages, strict=True) if message.get("role") == "user"]
-    return Prompt((asked or parts)[-1].text, max(1, tokens))
+    whole = "\0".join([_content(system).text, *(part.text for part in parts)]) if len(parts) > 1 or system else ""
+    return Prompt((asked or parts)[-1].text, max(1, tokens), whole)
 
 
 def _content(content: Any) -> Prompt:
@@ -131,10 +143,11 @@ def _content(content: Any) -> Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What all generating APIs share. ``answers`` and ``prompt_tokens`` have one entry for each choice."""
+    """What all generating APIs share. ``answers``, ``prompt_tokens``, ``prefixes``: one entry for each choice."""
 
     answers: Sequence[Answer]
     prompt_tokens: Sequence[int]
+    prefixes: Sequence[tuple[int, ...]]
     prompt_total: int
     streamed: bool
     include_usage: bool
@@ -175,6 +188,7 @@ def wish_of(
     return Wish(
         answers,
         [prompt.tokens for prompt in prompts for _ in range(choices)],
+        [prefix for prompt in prompts for prefix in [prompt.prefix(app.prefix_block)] * choices],
         sum(prompt.tokens for prompt in prompts),
         streamed,
         isinstance(options, dict) and options.get("include_usage") is True,

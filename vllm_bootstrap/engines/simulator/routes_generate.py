@@ -53,6 +53,7 @@ def _generate(
         exchange,
         form(reply),
         prompt_tokens=wish.prompt_tokens,
+        prefixes=wish.prefixes,
         streamed=wish.streamed,
         priority=priority,
         finished=app.finished,

@@ -176,7 +176,7 @@ class Server:
 
     def _drain(self, deadline: float) -> None:
         batch = self.app.batch
-        if (batch.running or batch.waiting) and self._loop.time() < deadline:
+        if batch.busy and self._loop.time() < deadline:
             self._loop.call_later(DRAIN_POLL_S, self._drain, deadline)
         else:
             self._end(0)

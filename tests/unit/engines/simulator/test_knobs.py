@@ -32,6 +32,8 @@ def test_a_command_line_is_read():
         ["--tensor-parallel-size=0"],
         ["--tasks=embed,fly"],
         ["--die-at-boot=boredom"],
+        ["--num-gpu-blocks-override=5"],
+        ["--profile=h200-8b", "--max-num-batched-tokens=0"],
     ],
 )
 def test_a_wrong_command_line_exits_with_2_as_vllm_does(wrong, capsys):
@@ -39,6 +41,26 @@ def test_a_wrong_command_line_exits_with_2_as_vllm_does(wrong, capsys):
         parse(["--model=m", *wrong])
     assert exited.value.code == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_a_profile_is_a_shipped_one_or_on_the_command_line_a_file(tmp_path, capsys):
+    file = tmp_path / "p.json"
+    file.write_text(
+        '{"name": "n", "source": "s", "measured": false, "step_base_s": 1, "block_size": 8, "kv_blocks": 9}'
+    )
+    options = parse(["--model=m", f"--profile={file}"])
+    assert options.load_profile().step_base_s == 1
+    assert options.cache_tokens == 72
+    assert parse(["--model=m", f"--profile={file}", "--num-gpu-blocks-override=3"]).cache_tokens == 24
+    assert parse(["--model=m", "--profile=vllm-cpu-tiny"]).load_profile().name == "vllm-cpu-tiny"
+    assert parse(["--model=m", *launch_arguments({"profile": "h200-8b"})]).profile == "h200-8b"
+    with pytest.raises(BadRequest):
+        launch_arguments({"profile": str(file)})
+    file.write_text('{"speed": 1}')
+    for wrong in (str(file), str(tmp_path / "missing.json")):
+        with pytest.raises(SystemExit):
+            parse(["--model=m", f"--profile={wrong}"])
+    assert "'speed'" in capsys.readouterr().err
 
 
 def test_the_model_is_required():

@@ -2,7 +2,8 @@ import pytest
 
 from tests.support.fake_time import FakeTime
 from vllm_bootstrap.engines.simulator.metrics import Metrics
-from vllm_bootstrap.engines.simulator.model import Model, Sequence
+from vllm_bootstrap.engines.simulator.model import Model
+from vllm_bootstrap.engines.simulator.sequence import Sequence
 
 
 class Notes:
@@ -104,7 +105,7 @@ def test_aborted_ones_do_not_pile_up_behind_a_full_engine():
     rig.submit(total=1000)
     for _ in range(500):
         rig.model.abort(rig.submit())
-    assert len(rig.model._queue) < 100
+    assert len(rig.model._queue.entries) < 100
     assert rig.model.waiting == 0
 
 
