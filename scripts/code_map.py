@@ -17,7 +17,8 @@ PACKAGE = "vllm_bootstrap"
 @dataclass(frozen=True)
 class Module:
     """``name`` without the package (``launches.owner``), ``imports`` likewise; ``foreign`` are top-level names that are
-    imported when the program runs (not those for the type checker only)."""
+    imported when the program runs (not those for the type checker only). ``typing_only`` are the ``imports`` that only
+    the type checker follows."""
 
     name: str
     path: Path
@@ -25,6 +26,7 @@ class Module:
     pure: bool
     imports: frozenset[str]
     foreign: frozenset[str]
+    typing_only: frozenset[str]
 
 
 def modules(root: Path = ROOT) -> dict[str, Module]:
@@ -42,14 +44,20 @@ def _read(name: str, path: Path, known: set[str]) -> Module:
     tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
     first_paragraph = (ast.get_docstring(tree) or "").split("\n\n", 1)[0]
     ours: set[str] = set()
+    at_run_time: set[str] = set()
     foreign: set[str] = set()
     typing_only = _typing_only(tree)
     for node, target in _imported(tree, name, is_package=path.name == "__init__.py"):
         if target == PACKAGE or target.startswith(PACKAGE + "."):
-            ours.add(_closest_module(target[len(PACKAGE) + 1 :], known))
+            closest = _closest_module(target[len(PACKAGE) + 1 :], known)
+            ours.add(closest)
+            if node not in typing_only:
+                at_run_time.add(closest)
         elif node not in typing_only:
             foreign.add(target.split(".")[0])
-    return Module(name, path, tree, "PURE" in first_paragraph, frozenset(ours - {name}), frozenset(foreign))
+    ours.discard(name)
+    pure = "PURE" in first_paragraph
+    return Module(name, path, tree, pure, frozenset(ours), frozenset(foreign), frozenset(ours - at_run_time))
 
 
 def _typing_only(tree: ast.Module) -> set[ast.AST]:

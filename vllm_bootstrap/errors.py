@@ -8,18 +8,19 @@ The tree::
     ApiError
     ├── BadRequest 400 bad_request          ├── Conflict 409 conflict
     │   ├── InvalidJson   invalid_json      │   ├── GpuConflict     gpu_conflict
-    │   ├── UnknownField  unknown_field     │   └── LaunchNotReady  launch_not_ready
-    │   └── NotBuilt      not_built         ├── OffsetOutOfRange 416 offset_out_of_range
-    ├── Unauthorized 401 invalid_api_key    ├── TooManyRequests 429 rate_limit_exceeded
-    ├── Forbidden 403 insufficient_scope    │   ├── ConcurrencyLimit concurrency_limit
-    │   └── ForbiddenOrigin forbidden_origin│   └── QueueFull        queue_full
-    ├── NotFound 404 not_found              ├── Unavailable 503 overloaded
-    │   └── ModelNotFound model_not_found   │   ├── ModelLoading  model_loading
-    ├── MethodNotAllowed 405                │   ├── Draining      draining
-    ├── RequestTimeout 408                  │   ├── GpuUnknown    gpu_unknown
-    ├── PayloadTooLarge 413                 │   └── NoFreePort    no_free_port
-    ├── UnsupportedMediaType 415            │   └── StorageFailed storage_failed
-    ├── HeadersTooLarge 431                 ├── UpstreamError 502 upstream_error
+    │   ├── UnknownField  unknown_field     │   ├── LaunchNotReady  launch_not_ready
+    │   └── NotBuilt      not_built         │   └── Cancelled       cancelled
+    ├── Unauthorized 401 invalid_api_key    ├── OffsetOutOfRange 416 offset_out_of_range
+    ├── Forbidden 403 insufficient_scope    ├── TooManyRequests 429 rate_limit_exceeded
+    │   └── ForbiddenOrigin forbidden_origin│   ├── ConcurrencyLimit concurrency_limit
+    ├── NotFound 404 not_found              │   └── QueueFull        queue_full
+    │   └── ModelNotFound model_not_found   ├── Unavailable 503 overloaded
+    ├── MethodNotAllowed 405                │   ├── ModelLoading  model_loading
+    ├── RequestTimeout 408                  │   ├── Draining      draining
+    ├── PayloadTooLarge 413                 │   ├── GpuUnknown    gpu_unknown
+    ├── UnsupportedMediaType 415            │   ├── NoFreePort    no_free_port
+    ├── HeadersTooLarge 431                 │   └── StorageFailed storage_failed
+    │                                       ├── UpstreamError 502 upstream_error
     │                                       ├── UpstreamTimeout 504 upstream_timeout
     └── InternalError 500                   └── StorageFull 507 storage_full
 """
@@ -161,6 +162,12 @@ class GpuConflict(Conflict):
 
 class LaunchNotReady(Conflict):
     code = "launch_not_ready"
+
+
+class Cancelled(Conflict):
+    """Somebody else ended this request: an operator, or a call with the same key."""
+
+    code = "cancelled"
 
 
 class PayloadTooLarge(ApiError):

@@ -36,8 +36,9 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class EngineRoute:
-    """One (method, path) an engine may be asked for through the proxy. ``path`` is exact, or ends in ``/*`` for one
-    further segment. ``scopes``: any one suffices. ``inference`` routes pass through admission and carry a model."""
+    """One (method, path) an engine may be asked for through the proxy. ``path`` is exact, or has one ``*`` that
+    stands for one whole segment. ``scopes``: any one suffices. ``inference`` routes pass through admission and carry
+    a model."""
 
     method: str
     path: str
@@ -49,10 +50,11 @@ class EngineRoute:
     def matches(self, method: str, path: str) -> bool:
         if method != self.method:
             return False
-        if not self.path.endswith("/*"):
+        before, star, after = self.path.partition("*")
+        if not star:
             return path == self.path
-        head, _, tail = path.rpartition("/")
-        return head == self.path[:-2] and bool(tail)
+        segment = path[len(before) : len(path) - len(after)]
+        return path.startswith(before) and path.endswith(after) and bool(segment) and "/" not in segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,8 @@ class Instance:
 
     ``base_model`` is what the launch was asked for (keys are limited by it as well as by the served names).
     ``priority_header``: the engine takes ``X-Vllm-Priority`` (vLLM 0.32+); ``priority_field``: it takes the body's
-    ``priority`` (older vLLM with the priority policy); neither: it knows no priority.
+    ``priority`` (older vLLM with the priority policy); neither: it knows no priority. ``health_path`` answers 200 while
+    the engine can be asked.
     """
 
     launch_id: str
@@ -76,6 +79,7 @@ class Instance:
     priority_field: bool = False
     refuses_http_media: bool = False
     node_id: str = "local"
+    health_path: str = "/health"
 
     def route(self, method: str, path: str) -> EngineRoute | None:
         """The route that allows ``method`` on ``path`` here; None: it must not be asked for."""

@@ -2,94 +2,181 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from tests.support.budgets import HandBudget
 from vllm_bootstrap.auth.types import Principal
-from vllm_bootstrap.errors import ApiError, ConcurrencyLimit, QueueFull
+from vllm_bootstrap.errors import ApiError, BadRequest, ConcurrencyLimit, QueueFull, TooManyRequests
 from vllm_bootstrap.scheduler.admission import Admission
-from vllm_bootstrap.scheduler.tickets import ByLaunch, ByModel, Effect, Grant, Ticket
+from vllm_bootstrap.scheduler.capacity import MAX_TAKEN_BACK
+from vllm_bootstrap.scheduler.tickets import ByLaunch, ByModel, Effect, Grant, Revoke, Target, Ticket, Usage
 from vllm_bootstrap.serving import Advert, Endpoint, Instance, RequestClass
 
-MAX_QUEUED = 4
+MAX_QUEUED, MAX_BYTES, TOKENS, ENQUEUED = 4, 30, 40, 25
 LAUNCHES = {"a": (("m",), "g"), "b": (("m", "n"), "g"), "c": (("n",), "c")}
 BASES = {"a": "open/1", "b": "secret/2", "c": "open/3"}
-PRINCIPALS = (
-    None,
-    Principal("free", frozenset({"realtime"})),
-    Principal("two", frozenset({"realtime"}), max_parallel=2),
-    Principal("open", frozenset({"realtime"}), models=("m", "n", "open/*")),
-)
+SCOPES = frozenset({"realtime", "batch"})
+PRINCIPALS = {
+    "nobody": None,
+    "free": Principal("free", SCOPES),
+    "two": Principal("two", SCOPES, max_parallel=2),
+    "open": Principal("open", SCOPES, models=("m", "n", "open/*")),
+    "counted": Principal("counted", SCOPES, tokens_per_minute=TOKENS, max_enqueued_tokens=ENQUEUED),
+}
 targets = st.sampled_from([ByModel("m"), ByModel("n"), *map(ByLaunch, ("a", "b", "c", "g"))])
 STATES = ("bootstrapping", "stopping", "failed", "ready")
-classes: st.SearchStrategy[RequestClass] = st.sampled_from(("realtime", "batch"))
-wishes = st.tuples(targets, classes, st.integers(1, 6), st.sampled_from(PRINCIPALS))
+tickets = st.builds(
+    lambda owner, cls, sequences, tokens, size, priority, replayable: Ticket(
+        owner, cls, sequences, tokens, PRINCIPALS[owner], tokens, priority, size, replayable
+    ),
+    st.sampled_from(sorted(PRINCIPALS)),
+    st.sampled_from(("realtime", "batch")),
+    st.integers(1, 6),
+    st.integers(0, 8),
+    st.integers(0, 12),
+    st.integers(-1, 1),
+    st.booleans(),
+)
 
 
 @dataclass(eq=False)
 class Seen:
     id: int
-    target: ByModel | ByLaunch
+    target: Target
     ticket: Ticket
     launch: str | None = None
     cost: int = 0
+    counted: int = 0
+    began: bool = False
+    promoted: bool = False
+    returning: bool = False
+    taken_back: int = 0
+    entries: list[list[float]] = field(default_factory=list)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        return -self.ticket.priority, self.id
+
+    @property
+    def tokens(self) -> int:
+        return self.ticket.prompt_tokens + self.ticket.output_tokens
 
 
 class AdmissionMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.admission = Admission(max_queued=MAX_QUEUED)
+        self.fresh: list[HandBudget] = []
+        self.admission = Admission(max_queued=MAX_QUEUED, max_queued_bytes=MAX_BYTES, budget=self.make_budget)
+        self.budgets: dict[str, HandBudget] = {}
         self.slots: dict[str, int] = {}
+        self.ejected: set[str] = set()
         self.known: set[str] = set()
         self.waiting: list[Seen] = []
         self.running: dict[int, Seen] = {}
         self.ended: set[int] = set()
+        self.window: list[list[float]] = []
         self.last_id = 0
         self.now = 0.0
         self.forgotten: set[int] = set()
 
+    def make_budget(self, slots: int) -> HandBudget:
+        self.fresh.append(HandBudget(slots))
+        return self.fresh[-1]
+
     # The simple model
 
-    def answers(self, launch: str, target: ByModel | ByLaunch) -> bool:
+    def answers(self, launch: str, target: Target) -> bool:
         names, group = LAUNCHES[launch]
         return target.name in names if isinstance(target, ByModel) else target.id in (launch, group)
 
-    def may_run(self, launch: str, target: ByModel | ByLaunch, ticket: Ticket) -> bool:
+    def may_run(self, launch: str, target: Target, ticket: Ticket) -> bool:
         principal = ticket.principal
         name = target.name if isinstance(target, ByModel) else LAUNCHES[launch][0][0]
         allowed = principal is None or principal.may_use(name, BASES[launch])
-        return launch in self.slots and self.answers(launch, target) and allowed
+        return launch in self.slots and launch not in self.ejected and self.answers(launch, target) and allowed
+
+    def waits_for(self, launch: str, cls: RequestClass) -> list[Seen]:
+        return [o for o in self.waiting if o.ticket.cls == cls and self.may_run(launch, o.target, o.ticket)]
+
+    def on(self, launch: str) -> list[Seen]:
+        return [one for one in self.running.values() if one.launch == launch and one.id not in self.forgotten]
 
     def used(self, launch: str) -> int:
-        return sum(one.cost for one in self.running.values() if one.launch == launch)
+        return sum(one.cost for one in self.on(launch))
+
+    def cost(self, one: Seen, launch: str) -> int:
+        return min(one.ticket.sequences, self.slots[launch])
 
     def fits(self, one: Seen, launch: str) -> bool:
-        return self.used(launch) + min(one.ticket.sequences, self.slots[launch]) <= self.slots[launch]
+        return self.used(launch) + self.cost(one, launch) <= self.slots[launch]
 
-    def next_for(self, launch: str) -> Seen | None:
-        mine = [one for one in self.waiting if self.may_run(launch, one.target, one.ticket)]
-        return min(mine, key=lambda one: (one.ticket.cls == "batch", one.id), default=None)
+    def counted(self, one: Seen, launch: str) -> int:
+        budget, cost = self.budgets[launch], self.cost(one, launch)
+        alone = not any(o.ticket.cls == "batch" for o in self.on(launch))
+        return max(1, min(cost, budget.slots - budget.reserve)) if alone else cost
 
-    def grant(self, one: Seen, launch: str) -> None:
-        """A grant must go to the one whose turn it is, where it fits."""
-        assert self.next_for(launch) is one
-        assert self.fits(one, launch)
+    def fits_batch(self, one: Seen, launch: str) -> bool:
+        budget = self.budgets[launch]
+        held = sum(o.counted for o in self.on(launch) if o.ticket.cls == "batch")
+        room = held + self.counted(one, launch) <= budget.allowance(self.now)
+        return self.fits(one, launch) and room and budget.paced_until(self.now) is None
+
+    def grant(self, one: Seen, effect: Grant) -> None:
+        """A grant must be for one that waits, the first of its key and class, and must fit."""
+        launch = effect.instance.launch_id
+        assert self.may_run(launch, one.target, one.ticket)
+        cls = one.ticket.cls
+        mine = [o for o in self.waits_for(launch, cls) if o.ticket.owner == one.ticket.owner]
+        assert min(mine, key=lambda o: o.rank) is one
+        one.counted = self.counted(one, launch) if cls == "batch" else 0
+        one.cost = self.cost(one, launch)
+        if effect.promoted:
+            assert cls == "batch"
+            one.cost = one.counted = min(one.cost, self.slots[launch] - self.used(launch))
+            assert one.cost > 0
+            assert self.budgets[launch].paced_until(self.now) is None
+        elif cls == "batch":
+            assert not self.waits_for(launch, "realtime"), "batch went before realtime"
+            assert self.fits_batch(one, launch)
+        else:
+            assert self.fits(one, launch)
         self.waiting.remove(one)
-        one.launch, one.cost = launch, min(one.ticket.sequences, self.slots[launch])
+        one.launch, one.promoted, one.began = launch, effect.promoted, False
         self.running[one.id] = one
 
-    def follow(self, effects: list[Effect]) -> None:
-        for effect in effects:
-            assert effect.request not in self.ended
-            one = next(one for one in self.waiting if one.id == effect.request)
-            if isinstance(effect, Grant):
-                self.grant(one, effect.instance.launch_id)
-            else:
-                self.waiting.remove(one)
-                self.ended.add(one.id)
+    def follow(self) -> None:
+        for effect in self.admission.take_effects():
+            self.follow_one(effect)
+
+    def follow_one(self, effect: Effect) -> None:
+        assert effect.request not in self.ended
+        if isinstance(effect, Revoke):
+            one = self.running[effect.request]
+            assert one.ticket.cls == "batch"
+            assert one.ticket.replayable
+            assert not any((one.began, one.promoted, one.returning))
+            one.taken_back += 1
+            one.returning = True
+            assert one.taken_back <= MAX_TAKEN_BACK
+            return
+        one = next(one for one in self.waiting if one.id == effect.request)
+        if isinstance(effect, Grant):
+            self.grant(one, effect)
+        else:
+            self.waiting.remove(one)
+            self.end(one, worked=False)
+
+    def end(self, one: Seen, *, worked: bool) -> None:
+        self.ended.add(one.id)
+        if one.entries and not worked:
+            one.entries[0][1] = 0
+
+    def used_tokens(self) -> float:
+        return sum(amount for at, amount in self.window if at > self.now - 60)
 
     # What may happen
 
@@ -110,109 +197,228 @@ class AdmissionMachine(RuleBasedStateMachine):
     def ready(self, launch: str, slots: int) -> None:
         names, group = LAUNCHES[launch]
         self.slots[launch] = slots
-        self.known.add(launch)
         instance = Instance(launch, group, "raw", BASES[launch], names, Endpoint(uds="/x"), slots, ())
-        advert = Advert(launch, group, BASES[launch], names, "ready", instance)
-        self.follow(self.admission.update(advert, self.now))
+        self.say(launch, Advert(launch, group, BASES[launch], names, "ready", instance))
 
     def withdrawn(self, launch: str, state: str) -> None:
         names, group = LAUNCHES[launch]
         self.slots.pop(launch, None)
+        self.ejected.discard(launch)
+        self.say(launch, Advert(launch, group, BASES[launch], names, state))
+
+    def say(self, launch: str, advert: Advert) -> None:
         self.known.add(launch)
-        self.follow(self.admission.update(Advert(launch, group, BASES[launch], names, state), self.now))
+        self.fresh.clear()
+        self.admission.update(advert, self.now)
+        if self.fresh:
+            self.budgets[launch] = self.fresh[0]
+        self.follow()
 
     def forgotten_launch(self, launch: str) -> None:
         self.slots.pop(launch, None)
+        self.ejected.discard(launch)
         self.known.discard(launch)
-        for one in self.running.values():  # they end without being counted against a launch of the same id
-            if one.launch == launch:
-                one.cost = 0
-                self.forgotten.add(one.id)
-        self.follow(self.admission.forget(launch))
+        self.forgotten |= {one.id for one in self.running.values() if one.launch == launch}
+        self.admission.forget(launch, self.now)
+        self.follow()
 
-    @rule(wishes=st.lists(wishes, min_size=1, max_size=6), passed=st.floats(0, 5))
-    def some_arrive(
-        self, wishes: list[tuple[ByModel | ByLaunch, RequestClass, int, Principal | None]], passed: float
+    @rule(launch=st.sampled_from(sorted(LAUNCHES)), out=st.booleans())
+    def connections_fail_or_work(self, launch: str, out: bool) -> None:
+        if out:
+            news = self.admission.eject(launch, self.now) is not None
+            assert news == (launch in self.slots and launch not in self.ejected)
+            if launch in self.slots:
+                self.ejected.add(launch)
+        else:
+            self.ejected.discard(launch)
+            self.admission.readmit(launch, self.now)
+        self.follow()
+
+    @rule(
+        launch=st.sampled_from(sorted(LAUNCHES)),
+        most=st.none() | st.integers(0, 4),
+        reserve=st.integers(0, 1),
+        paced=st.none() | st.floats(0, 3),
+        due=st.booleans(),
+        too_many=st.integers(0, 3),
+    )
+    def budget_moves(
+        self, launch: str, most: int | None, reserve: int, paced: float | None, due: bool, too_many: int
     ) -> None:
-        self.now += passed
-        for target, cls, sequences, principal in wishes:
-            self.arrives(target, Ticket("me", cls, sequences, 0, principal))
+        budget = self.budgets.get(launch)
+        if budget is not None:
+            budget.most, budget.reserve, budget.too_many = most, reserve, too_many
+            budget.paced = None if paced is None else self.now + paced
+            budget.due = self.now if due else None
+            self.tick()
+            budget.too_many = 0
 
-    def arrives(self, target: ByModel | ByLaunch, ticket: Ticket) -> None:
+    @rule(passed=st.floats(0, 40))
+    def time_passes(self, passed: float) -> None:
+        self.now += passed
+        self.tick()
+
+    def tick(self) -> None:
+        self.admission.tick(self.now)
+        self.follow()
+
+    @rule(wishes=st.lists(st.tuples(targets, tickets), min_size=1, max_size=6))
+    def some_arrive(self, wishes: list[tuple[Target, Ticket]]) -> None:
+        for target, ticket in wishes:
+            self.arrives(target, ticket)
+
+    def arrives(self, target: Target, ticket: Ticket) -> None:
         self.last_id += 1
+        one = Seen(self.last_id, target, ticket)
         pool = [launch for launch in LAUNCHES if self.may_run(launch, target, ticket)]
-        held = sum(one.ticket.principal == ticket.principal for one in [*self.waiting, *self.running.values()])
         try:
             grant = self.admission.request(self.last_id, target, ticket, self.now)
         except ApiError as refusal:
-            self.check_refusal(refusal, target, ticket, pool, held)
+            self.check_refusal(refusal, one, pool)
+            self.follow()
+            self.ended.add(one.id)
             return
         assert pool
-        one = Seen(self.last_id, target, ticket)
+        self.check_limits(one)
         self.waiting.append(one)
         if grant is not None:
-            self.grant(one, grant.instance.launch_id)
+            self.grant(one, grant)
+        self.follow()
 
-    def check_refusal(
-        self, refusal: ApiError, target: ByModel | ByLaunch, ticket: Ticket, pool: list[str], held: int
-    ) -> None:
-        principal = ticket.principal
+    def held(self, owner: str) -> list[Seen]:
+        return [one for one in [*self.waiting, *self.running.values()] if one.ticket.owner == owner]
+
+    def enqueued(self) -> int:
+        return sum(one.tokens for one in self.held("counted") if one.ticket.cls == "batch")
+
+    def check_limits(self, one: Seen) -> None:
+        """It was accepted: its key must have had room."""
+        assert one.ticket.owner != "two" or len(self.held("two")) < 2
+        if one.ticket.owner == "counted":
+            assert self.used_tokens() + one.tokens <= TOKENS
+            assert one.ticket.cls == "realtime" or self.enqueued() + one.tokens <= ENQUEUED
+            one.entries.append([self.now, one.tokens])
+            self.window += one.entries
+
+    def check_refusal(self, refusal: ApiError, one: Seen, pool: list[str]) -> None:
         if isinstance(refusal, ConcurrencyLimit):
-            assert principal is not None
-            assert principal.max_parallel is not None
-            assert held >= principal.max_parallel
+            assert len(self.held("two")) >= 2
         elif isinstance(refusal, QueueFull):
-            assert len(self.waiting) >= MAX_QUEUED
-            one = Seen(self.last_id, target, ticket)
-            self.waiting.append(one)
-            turns = [launch for launch in pool if self.next_for(launch) is one and self.fits(one, launch)]
-            self.waiting.remove(one)
-            assert not turns, "it could have run at once"
+            sizes = sum(o.ticket.body_bytes for o in self.waiting) + one.ticket.body_bytes
+            assert len(self.waiting) >= MAX_QUEUED or sizes > MAX_BYTES
+            if one.ticket.cls == "realtime":
+                ahead = [n for n in pool if not self.waits_for(n, "realtime") and self.fits(one, n)]
+                assert not ahead, "it could have run at once"
+        elif isinstance(refusal, BadRequest | TooManyRequests):
+            limit = ENQUEUED if one.ticket.cls == "batch" else TOKENS
+            if isinstance(refusal, BadRequest):
+                assert one.tokens > limit
+            else:
+                too_many = self.used_tokens() + one.tokens > TOKENS
+                assert too_many or (one.ticket.cls == "batch" and self.enqueued() + one.tokens > ENQUEUED)
         else:
             assert not pool, f"{refusal!r} though {pool} could serve it"
 
-    @rule(data=st.data())
-    def ends(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), streamed=st.booleans())
+    def answers_begin(self, data: st.DataObject, streamed: bool) -> None:
         if self.running:
-            request = data.draw(st.sampled_from(sorted(self.running)))
-            del self.running[request]
-            self.ended.add(request)
-            self.follow(self.admission.done(request, self.now))
+            one = self.running[data.draw(st.sampled_from(sorted(self.running)))]
+            one.began, one.returning = True, False
+            self.admission.began(one.id, self.now, streamed=streamed)
+            self.follow()
+
+    @rule(data=st.data(), worked=st.booleans(), used=st.none() | st.integers(0, 20))
+    def ends(self, data: st.DataObject, worked: bool, used: int | None) -> None:
+        if self.running:
+            one = self.running.pop(data.draw(st.sampled_from(sorted(self.running))))
+            if used is not None:
+                self.admission.settle(one.id, Usage(used, 0), self.now)
+                if one.entries:
+                    one.entries[0][1] = min(used, one.tokens)
+                    self.window.append([self.now, max(0, used - one.tokens)])
+            self.end(one, worked=worked)
+            self.admission.done(one.id, self.now, worked=worked)
+            self.follow()
+
+    @rule(data=st.data())
+    def comes_again(self, data: st.DataObject) -> None:
+        """Taken back, or its engine could not be reached."""
+        able = sorted(one.id for one in self.running.values() if one.returning or not one.began)
+        if able:
+            one = self.running.pop(data.draw(st.sampled_from(able)))
+            pool = [launch for launch in LAUNCHES if self.may_run(launch, one.target, one.ticket)]
+            one.returning = False
+            try:
+                grant = self.admission.again(one.id, self.now)
+            except ApiError:
+                assert not pool
+                self.end(one, worked=False)
+            else:
+                assert pool
+                self.waiting.append(one)
+                if grant is not None:
+                    self.follow_before(grant)
+            self.follow()
+
+    def follow_before(self, grant: Grant) -> None:
+        """It got a place at once: what others got by that came after, except on launches it was before on."""
+        one = next(one for one in self.waiting if one.id == grant.request)
+        self.grant(one, grant)
+
+    @rule(data=st.data())
+    def stays_although_revoked(self, data: st.DataObject) -> None:
+        returning = sorted(one.id for one in self.running.values() if one.returning)
+        if returning:
+            one = self.running[data.draw(st.sampled_from(returning))]
+            one.returning = False
+            self.admission.kept(one.id)
+            self.follow()
 
     @rule(data=st.data())
     def client_goes(self, data: st.DataObject) -> None:
         everybody = sorted(self.running) + [one.id for one in self.waiting]
         if everybody:
             request = data.draw(st.sampled_from(everybody))
-            self.running.pop(request, None)
+            waits = [one for one in self.waiting if one.id == request]
+            one = waits[0] if waits else self.running.pop(request)
             self.waiting = [one for one in self.waiting if one.id != request]
-            self.ended.add(request)
-            self.follow(self.admission.cancel(request, self.now))
+            self.end(one, worked=not waits)
+            self.admission.cancel(request, self.now)
+            self.follow()
 
     @rule(data=st.data())
     def deadline_comes(self, data: st.DataObject) -> None:
         everybody = [one.id for one in self.waiting] + sorted(self.running)[:1]
         if everybody:
             request = data.draw(st.sampled_from(everybody))
-            effects = self.admission.expire(request, self.now)
-            assert request in self.running or (effects and effects[0].request == request)
-            self.follow(effects)
+            self.admission.expire(request, self.now)
+            self.follow()
+            assert request in self.running or request in self.ended
 
     @rule(data=st.data())
     def the_past_is_repeated(self, data: st.DataObject) -> None:
         if self.ended:
             request = data.draw(st.sampled_from(sorted(self.ended)))
-            assert self.admission.done(request, self.now) == []
-            assert self.admission.cancel(request, self.now) == []
-            assert self.admission.expire(request, self.now) == []
+            self.admission.done(request, self.now)
+            self.admission.cancel(request, self.now)
+            self.admission.expire(request, self.now)
+            self.admission.began(request, self.now, streamed=True)
+            self.admission.settle(request, Usage(5, 5), self.now)
+            self.admission.kept(request)
+            assert self.admission.take_effects() == []
 
     # What always holds
 
     @invariant()
     def nothing_waits_that_could_run(self) -> None:
-        for launch in self.slots:
-            one = self.next_for(launch)
-            assert one is None or not self.fits(one, launch)
+        for launch in set(self.slots) - self.ejected:
+            realtime, batch = self.waits_for(launch, "realtime"), self.waits_for(launch, "batch")
+            assert not realtime or not all(self.fits(one, launch) for one in realtime)
+            if batch and not realtime:
+                assert not all(self.fits_batch(one, launch) for one in batch)
+            budget = self.budgets[launch]
+            if batch and budget.overdue(self.now) and budget.paced_until(self.now) is None:
+                assert self.used(launch) >= self.slots[launch], "the floor was not given"
 
     @invariant()
     def nothing_waits_for_what_is_not_there(self) -> None:
@@ -223,29 +429,95 @@ class AdmissionMachine(RuleBasedStateMachine):
     def counts_agree(self) -> None:
         reports = self.admission.queues()
         for launch in self.known:
-            load = self.admission.load(launch)
-            mine = [o for o in self.running.values() if o.launch == launch and o.id not in self.forgotten]
+            load, mine = self.admission.load(launch), self.on(launch)
             assert sum(load.in_flight.values()) == len(mine)
             assert sum(load.queued.values()) == sum(self.answers(launch, one.target) for one in self.waiting)
+            budget = self.budgets[launch]
+            assert budget.realtime == sum(one.cost for one in mine if one.ticket.cls == "realtime")
+            assert budget.batch == sum(one.cost for one in mine if one.ticket.cls == "batch")
+            told = budget.of("batch_waits")
+            assert (bool(told) and told[-1][0]) == bool(self.waits_for(launch, "batch"))
         assert sum(sum(report.queued.values()) for report in reports.values()) == len(self.waiting)
-        assert all(sum(report.queued.values()) <= MAX_QUEUED for report in reports.values())
+        assert self.admission.batch_waiting == sum(one.ticket.cls == "batch" for one in self.waiting)
+
+    @invariant()
+    def queues_are_bounded(self) -> None:
+        """But for those that come back."""
+        new = [one for one in self.waiting if one.launch is None]
+        for name in ("m", "n"):
+            shelf = self.admission._directory.shelf(name)
+            mine = [one for one in new if shelf is not None and self.admission.model_of(one.id) == name]
+            assert len(mine) <= MAX_QUEUED
+            assert sum(one.ticket.body_bytes for one in mine) <= MAX_BYTES
 
     @invariant()
     def keys_hold_what_they_have(self) -> None:
-        for principal in PRINCIPALS[1:]:
-            assert principal is not None
-            held = sum(one.ticket.principal == principal for one in [*self.waiting, *self.running.values()])
-            assert self.admission.limits.parallel(principal.name) == held
+        for name in PRINCIPALS.keys() - {"nobody"}:
+            assert self.admission.limits.parallel(name) == len(self.held(name))
+        counted = PRINCIPALS["counted"]
+        assert counted is not None
+        state = self.admission.limits.rate(counted, self.now)
+        assert state is not None
+        assert state.tokens is not None
+        assert state.tokens.remaining == max(0, TOKENS - self.used_tokens())
+        assert self.admission.limits.enqueued("counted") == self.enqueued()
 
     def teardown(self) -> None:
-        self.follow(self.admission.drain())
+        self.admission.drain(self.now)
+        self.follow()
         assert self.waiting == []
         for request in list(self.running):
-            assert self.admission.done(request, self.now) == []
+            self.admission.done(request, self.now)
+            assert self.admission.take_effects() == []
         assert not self.admission._requests
-        assert not self.admission._depth
-        assert not self.admission._lanes
+        assert not self.admission._dispatcher.lines
+        for launch in self.admission._directory.launches.values():
+            counts = (launch.sequences, launch.batch, launch.returning, launch.wanted, *launch.in_flight.values())
+            assert not any(counts)
+            assert not launch.revocable
+        for budget in self.budgets.values():
+            assert budget.realtime == budget.batch == 0
 
 
 TestAdmission = AdmissionMachine.TestCase
 TestAdmission.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    slots=st.integers(1, 6),
+    cls=st.sampled_from(("realtime", "batch")),
+    backlogs=st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=40), min_size=2, max_size=5),
+    order=st.randoms(use_true_random=False),
+)
+def test_keys_that_wait_share_alike(slots: int, cls: RequestClass, backlogs: list[list[int]], order: object) -> None:
+    """While two keys both wait, neither gets more than the other plus the largest request of each."""
+    admission = Admission(max_queued=1000, budget=HandBudget)
+    instance = Instance("a", "a", "raw", "base", ("m",), Endpoint(uds="/x"), slots, ())
+    admission.update(Advert("a", "a", "base", ("m",), "ready", instance), 0.0)
+    blocker = admission.request(1, ByModel("m"), Ticket("blocker", "realtime", slots), 0.0)
+    assert blocker is not None
+    running, left, got, largest = [1], {}, {}, {}
+    owner_of: dict[int, tuple[str, int]] = {1: ("blocker", 0)}
+    number = 1
+    for key, backlog in enumerate(backlogs):
+        owner = f"key{key}"
+        left[owner], got[owner], largest[owner] = len(backlog), 0, max(min(cost, slots) for cost in backlog)
+        for cost in backlog:
+            number += 1
+            owner_of[number] = (owner, min(cost, slots))
+            assert admission.request(number, ByModel("m"), Ticket(owner, cls, cost), 0.0) is None
+    while running:
+        done = running.pop(order.randrange(len(running)))  # type: ignore[attr-defined]
+        admission.done(done, 0.0)
+        for effect in admission.take_effects():
+            assert isinstance(effect, Grant)
+            owner, cost = owner_of[effect.request]
+            running.append(effect.request)
+            got[owner] += cost
+            left[owner] -= 1
+            waiting = [key for key in left if left[key]]
+            for one in waiting:
+                for other in waiting:
+                    assert got[one] - got[other] <= largest[one] + largest[other]
+    assert not any(left.values())

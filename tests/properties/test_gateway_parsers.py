@@ -63,7 +63,7 @@ def test_an_edit_changes_one_member_and_keeps_every_other_byte(
     if _has_surrogates(text):
         return
     body = bodies.parse(text.encode())
-    edited = bodies.with_member(body, "priority", priority)
+    edited = bodies.with_members(body, {"priority": priority})
     expected = {name: value for name, value in meaning.items() if name != "priority"}
     if priority is not None:
         expected["priority"] = priority

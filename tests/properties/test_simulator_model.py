@@ -6,7 +6,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.support.fake_time import FakeTime
 from vllm_bootstrap.engines.simulator.metrics import Metrics
-from vllm_bootstrap.engines.simulator.model import DECODE, ENDED, PREFILL, WAITING, Model, Sequence
+from vllm_bootstrap.engines.simulator.model import Model
+from vllm_bootstrap.engines.simulator.sequence import DECODE, ENDED, PREFILL, WAITING, Sequence
 
 SLOTS = 3
 

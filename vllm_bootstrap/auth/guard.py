@@ -19,9 +19,9 @@ import base64
 import binascii
 import ipaddress
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from vllm_bootstrap.auth import scopes
 from vllm_bootstrap.auth.keys import KeyRing
@@ -53,6 +53,14 @@ _ORIGIN = re.compile(rb"(https?)://([^/?#@]+)")
 _DEFAULT_PORTS = {b"http": b"80", b"https": b"443"}
 
 Noticed = dict[bytes, list[bytes]]
+
+
+class Pass(NamedTuple):
+    """That a head was let in by a key alone, and as whom: good for the very same head until keys change. Holds neither
+    a key nor a digest of one."""
+
+    principal: Principal
+    version: int
 
 
 class Guard:
@@ -97,6 +105,33 @@ class Guard:
     def is_current(self, principal: Principal) -> bool:
         """Whether a principal admitted earlier may still go on (its key was not revoked and has not expired)."""
         return principal == LOCAL if self._open else self._keys.is_current(principal)
+
+    def remember(self, head: RequestHead, principal: Principal) -> Pass | None:
+        """For a head that ``admit`` has just let in: a pass, None when more than header and keys decided that (a
+        session of the page ends by itself)."""
+        if any(name == b"cookie" for name, _ in head.headers):
+            return None
+        return Pass(principal, self._keys.version())
+
+    def readmit(self, earlier: Pass) -> Principal | None:
+        """Let the same head in under the same rule once more. None: ask ``admit`` again, something has changed."""
+        keys = self._keys
+        if keys.version() != earlier.version or keys.has_expired(earlier.principal):
+            return None
+        return earlier.principal
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Call ``listener`` after keys were changed."""
+        self._keys.on_change(listener)
+
+    def still_allows(self, principal: Principal) -> bool:
+        """Whether what a principal was admitted to earlier may still be begun: its key is there, live, and has lost no
+        right. Changed limits do not matter."""
+        return self._open or self._keys.still_allows(principal)
+
+    def knows(self, principal: Principal) -> bool:
+        """Whether the key of a principal admitted earlier is still there and live, whatever it may do now."""
+        return self._open or self._keys.knows(principal.name)
 
     def _check_host(self, noticed: Noticed) -> None:
         hosts = noticed.get(b"host", ())

@@ -1,7 +1,7 @@
 """The key file: JSON in, checked entries out.
 
-Invariant: no token ever stands in a message, only the entry's number and name. A field whose feature is not built
-yet is refused at load, never accepted and ignored. Functions here block on local files and know nothing of requests.
+Invariant: no token ever stands in a message, only the entry's number and name. A field that is not known is refused at
+load, never accepted and ignored. Functions here block on local files and know nothing of requests.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from vllm_bootstrap.auth.types import Principal
 
 MAX_TOKEN_BYTES = 4096
 SHORT_TOKEN = 16
-UNBUILT_FIELDS = {"tokens_per_minute": "token limits", "max_enqueued_tokens": "batches"}
 EXAMPLE_DIGESTS = frozenset(hashlib.sha256(f"example-{name}-token".encode()).digest() for name in scopes.ALL)
 RESERVED_NAMES = frozenset({"local", "VLLM_ACCESS_KEY", "ORCHESTRATOR_TOKEN", "generated"})
 
@@ -46,8 +45,10 @@ class Entry(BaseModel):
     models: list[Annotated[str, StringConstraints(min_length=1)]] | None = Field(None, min_length=1)
     max_class: Literal["realtime", "batch"] | None = None
     requests_per_minute: Positive | None = None
+    tokens_per_minute: Positive | None = None
     max_parallel: Positive | None = None
     max_sequences: Positive | None = None
+    max_enqueued_tokens: Positive | None = None
     expires_at: AwareDatetime | None = None
     disabled: bool = False
 
@@ -63,6 +64,8 @@ class Entry(BaseModel):
             requests_per_minute=self.requests_per_minute,
             max_parallel=self.max_parallel,
             max_sequences=self.max_sequences,
+            tokens_per_minute=self.tokens_per_minute,
+            max_enqueued_tokens=self.max_enqueued_tokens,
             expires_at=None if self.expires_at is None else self.expires_at.timestamp(),
         )
 
@@ -114,9 +117,6 @@ def _entry(number: int, item: Any) -> Entry:
         raise KeyFileError(f"{where} must be an object")
     if isinstance(item.get("name"), str):
         where += f" ({item['name'][:64]!r})"
-    for field, feature in UNBUILT_FIELDS.items():
-        if field in item:
-            raise KeyFileError(f"{where}: '{field}' belongs to {feature}, which are not built yet: remove it")
     try:
         entry = Entry.model_validate(item)
     except ValidationError as exc:

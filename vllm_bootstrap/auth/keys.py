@@ -65,6 +65,7 @@ class KeyRing:
         self._seen: tuple[int, ...] | None = None
         self._next_check = monotonic() + CHECK_INTERVAL_S
         self._listeners: list[Callable[[], None]] = []
+        self._version = 0
         self.problem: str | None = None
         self.notes: tuple[str, ...] = ()
         self._keys: dict[bytes, Key] = {}
@@ -108,6 +109,30 @@ class KeyRing:
         key = self._by_name.get(principal.name)
         return key is not None and key.principal == principal and self._is_live(key)
 
+    def version(self) -> int:
+        """A number that changes whenever any key may have changed. What was looked up under the same number still
+        holds, but for keys that have expired since (``has_expired``)."""
+        self._refresh()
+        return self._version
+
+    def has_expired(self, principal: Principal) -> bool:
+        """Whether the time of a principal's key is over."""
+        return principal.expires_at is not None and self._clock() >= principal.expires_at
+
+    def knows(self, name: str) -> bool:
+        """Whether there is a live key of that name."""
+        key = self._by_name.get(name)
+        return key is not None and self._is_live(key)
+
+    def still_allows(self, principal: Principal) -> bool:
+        """Whether a principal admitted earlier has lost nothing: same key by name, live, with all its scopes, the same
+        models and class. Changed limits do not matter."""
+        key = self._by_name.get(principal.name)
+        if key is None or not self._is_live(key):
+            return False
+        now = key.principal
+        return principal.scopes <= now.scopes and (principal.models, principal.max_class) == (now.models, now.max_class)
+
     def reload(self) -> bool:
         """Read the key file now (SIGHUP). Returns whether the keys in use are the file's; ``problem`` says why not."""
         self._next_check = self._monotonic() + CHECK_INTERVAL_S
@@ -124,8 +149,7 @@ class KeyRing:
         return True
 
     def _is_live(self, key: Key) -> bool:
-        expires_at = key.principal.expires_at
-        return not key.disabled and (expires_at is None or self._clock() < expires_at)
+        return not key.disabled and not self.has_expired(key.principal)
 
     def _refresh(self) -> None:
         now = self._monotonic()
@@ -161,6 +185,7 @@ class KeyRing:
         keys = [*from_file, *reversed(self._shared)]
         self._keys = {self._index(key.digest): key for key in keys}
         self._by_name = {key.principal.name: key for key in keys}
+        self._version += 1
         self.problem = None
 
     def _index(self, digest: bytes) -> bytes:

@@ -35,7 +35,10 @@ SCOPES: Mapping[str, Scope] = {
         Scope(BATCH, "inference in the batch class"),
         Scope(UPLOAD, "own files and adapters", built=False),
         Scope(EVAL, "evaluation tasks", built=False),
-        Scope(MONITOR, "status, launches, GPUs, queues, metrics, the API description and dashboard data"),
+        Scope(
+            MONITOR,
+            "status, launches, GPUs, queues, requests and their history, metrics, API description, dashboard data",
+        ),
         Scope(LOGS, "engine logs and the log lines inside a failure (they can hold prompts)"),
     )
 }

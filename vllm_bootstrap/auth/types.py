@@ -49,6 +49,8 @@ class Principal:
     max_parallel: int | None = None
     max_sequences: int | None = None
     expires_at: float | None = None
+    tokens_per_minute: int | None = None
+    max_enqueued_tokens: int | None = None
     labels: dict[str, str] = field(default_factory=dict)
 
     def may_use(self, *models: str) -> bool:

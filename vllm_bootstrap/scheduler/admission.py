@@ -1,395 +1,340 @@
-"""Who may run next: queues for each served model, slots for each launch. PURE: events in, ``Grant`` or ``Reject`` out.
+"""Who may run next: the decision tree over queues, limits and launches. PURE: events in, effects out.
 
 Invariants (a hypothesis machine checks them):
 
-* a request ends exactly once: refused at the door, rejected from the queue, cancelled, or granted and then done;
-* the sequences granted on a launch never exceed its slots, and nothing waits that the rules below would let run;
-* realtime goes before batch, within a class first come first served. A request at the head that needs more slots than
-  are free is waited for; whoever comes later does not pass it on that launch, so big requests cannot starve;
+* a request ends exactly once: refused at the door, rejected from the queue, cancelled, or granted and then done. A
+  granted one may come back (``again``) as the same request: same place, same age, charged once;
+* the sequences on a launch never exceed its slots, nor those of batch its budget; nothing waits that could run;
+* realtime goes before batch; within a class keys take turns (``queues``), within a key priority and then arrival
+  decide. Whose turn it is on a launch is waited for when it needs more slots than are free: nobody passes, so big
+  requests cannot starve. The one exception is the batch floor: see (c);
 * nothing waits for a launch that cannot be routed to: such requests are rejected when that becomes known.
 
-A queue belongs to a served model. The launch is chosen when a slot is granted, least outstanding sequences first; a
-request for one launch (or group) is pinned to it and still counts in its model's queue.
+The launch is chosen when a place is granted, least outstanding sequences first. A request for one launch (or group) is
+pinned to it and still counts in its model's queue.
 
 Every arriving request meets exactly one of these:
 
 1. the daemon drains                                      -> Draining
 2. nothing known by that name or id (or not for this key) -> ModelNotFound / NotFound / LaunchNotReady (ended)
 3. known, but nothing can be routed to now                -> ModelLoading, Draining, Unavailable / LaunchNotReady
-4. the key's own limits                                   -> ConcurrencyLimit, TooManyRequests
-5. slots are free and nobody is before it                 -> Grant
-6. the model's queue is full                              -> QueueFull
-7. otherwise it waits
+4. the key's own limits                                   -> ConcurrencyLimit, TooManyRequests; BadRequest if never
+5. a place is free and nobody waits for it before         -> Grant
+6. its turn comes before all that wait                    -> Grant
+7. the model's queue is full                              -> QueueFull, for the youngest batch ones if it is realtime
+8. otherwise it waits
+
+A launch with room asks, whenever something changes:
+
+a. the turn of realtime has come and it fits              -> Grant
+b. no realtime waits, batch fits slots and budget         -> Grant
+c. batch has had less than its floor, a slot is free      -> Grant, promoted; before (a)
+d. the budget shrank, or realtime waits for slots         -> Revoke batch that may be and has no first byte, youngest
 
 Nothing here knows clocks, sockets, tasks or HTTP.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 from vllm_bootstrap.auth.types import Principal
-from vllm_bootstrap.errors import ApiError, Draining, QueueFull, Unavailable
+from vllm_bootstrap.errors import ApiError
+from vllm_bootstrap.scheduler import refusals
+from vllm_bootstrap.scheduler.budget import Budget, BudgetPolicy
+from vllm_bootstrap.scheduler.capacity import Launch
+from vllm_bootstrap.scheduler.directory import Directory
+from vllm_bootstrap.scheduler.dispatcher import Dispatcher
 from vllm_bootstrap.scheduler.limits import KeyLimits, RateState
-from vllm_bootstrap.scheduler.refusals import DEFAULT_RETRY_S, launch_refusal, model_refusal
-from vllm_bootstrap.scheduler.tickets import ByLaunch, ByModel, Effect, Grant, Reject, Target, Ticket
-from vllm_bootstrap.serving import Advert, Instance, LoadReport, RequestClass
+from vllm_bootstrap.scheduler.ports import BatchBudget, BudgetReport, EngineSignals
+from vllm_bootstrap.scheduler.queues import Request
+from vllm_bootstrap.scheduler.shelf import QueueBounds
+from vllm_bootstrap.scheduler.tickets import Effect, Grant, Reject, Target, Ticket, Usage
+from vllm_bootstrap.serving import Advert, Instance, LoadReport
 
-CLASSES: tuple[RequestClass, RequestClass] = ("realtime", "batch")
-_PACE_SAMPLES, _PACE_WINDOW_S = 32, 60.0
-
-
-@dataclass(slots=True)
-class _Launch:
-    """A launch as last announced, with what runs there. ``instance`` None: nothing new may be sent."""
-
-    advert: Advert
-    routes: frozenset[tuple[str, str]] = frozenset()
-    sequences: int = 0
-    last_grant: int = 0
-    in_flight: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CLASSES, 0))
-
-    @property
-    def instance(self) -> Instance | None:
-        return self.advert.instance
-
-    def offers(self, route: tuple[str, str]) -> bool:
-        instance = self.advert.instance
-        return instance is not None and (route in self.routes or instance.offers(*route))
-
-    def say(self, advert: Advert) -> None:
-        instance = advert.instance
-        self.advert = advert
-        self.routes = frozenset((route.method, route.path) for route in instance.routes) if instance else frozenset()
-
-    def answers_to(self, target: Target) -> bool:
-        if isinstance(target, ByModel):
-            return target.name in self.advert.served_names
-        return target.id in (self.advert.launch_id, self.advert.group_id)
+MAX_QUEUED_BYTES = 256 * 1024 * 1024
 
 
-@dataclass(slots=True)
-class _Request:
-    """``queue`` is the served model it counts under. ``launch`` is set once granted, ``cost`` is what it holds."""
-
-    id: int
-    target: Target
-    ticket: Ticket
-    queue: str
-    since: float
-    launch: _Launch | None = None
-    cost: int = 0
-
-
-_Lane = tuple[str, str, RequestClass]
+def default_budget(slots: int) -> BatchBudget:
+    """A batch budget as it is without settings."""
+    return Budget(BudgetPolicy(), slots)
 
 
 class Admission:
-    """The decisions. Not thread-safe: one owner calls it, in the order things happen.
+    """The decisions. Not thread-safe: one owner calls it, in the order things happen, and after each call carries out
+    ``take_effects()``, also when the call raised.
 
-    ``max_queued`` is the longest queue of one served model. ``ended(id)`` tells whether an id that is no longer (or
-    not yet again) announced belongs to a launch that has ended, so that it is not called unknown.
+    ``max_queued`` requests may wait for one served model, their bodies having ``max_queued_bytes`` together.
+    ``ended(id)`` tells whether an id that is no longer (or not yet again) announced belongs to a launch that has ended,
+    so that it is not called unknown. ``budget(slots)`` makes the batch budget of a launch.
     """
 
-    def __init__(self, *, max_queued: int, ended: Callable[[str], bool] = lambda _id: False) -> None:
+    def __init__(
+        self,
+        *,
+        max_queued: int,
+        max_queued_bytes: int = MAX_QUEUED_BYTES,
+        ended: Callable[[str], bool] = lambda _id: False,
+        budget: Callable[[int], BatchBudget] = default_budget,
+    ) -> None:
         self.limits = KeyLimits()
-        self._max_queued = max_queued
-        self._ended = ended
-        self._launches: dict[str, _Launch] = {}
-        self._requests: dict[int, _Request] = {}
-        self._lanes: dict[_Lane, dict[int, _Request]] = {}
-        self._depth: dict[str, int] = {}
-        self._finished: dict[str, deque[float]] = {}
-        self._grants = 0
+        self._bounds = QueueBounds(max_queued, max_queued_bytes)
+        self._budget = budget
+        self._directory = Directory(ended)
+        self._dispatcher = Dispatcher()
+        self._requests: dict[int, Request] = {}
         self._draining = False
 
-    # Events
+    @property
+    def batch_waiting(self) -> int:
+        """Batch requests that wait anywhere: as long as there are any, ``next_change`` matters."""
+        return self._dispatcher.batch_waiting
 
-    def update(self, advert: Advert, now: float) -> list[Effect]:
+    def take_effects(self) -> list[Effect]:
+        """What must be told to whom, once. A grant that a call returned is not among them."""
+        effects = self._dispatcher.effects
+        if effects:
+            self._dispatcher.effects = []
+        return effects
+
+    # What launches say
+
+    def update(self, advert: Advert, now: float) -> None:
         """A launch announced itself or changed."""
-        launch = self._launches.get(advert.launch_id)
+        launch = self._directory.launches.get(advert.launch_id)
         if launch is None:
-            launch = self._launches[advert.launch_id] = _Launch(advert)
-        launch.say(advert)
-        return self._reject_stranded() + self._pump(now)
+            launch = Launch(advert, self._budget, self._dispatcher.lines.next_of)
+            self._directory.launches[advert.launch_id] = launch
+            self._regroup(now)
+        elif launch.say(advert):
+            self._regroup(now)
 
-    def forget(self, launch_id: str) -> list[Effect]:
+    def forget(self, launch_id: str, now: float) -> None:
         """A launch was deleted. What still runs there may finish; idempotent."""
-        launch = self._launches.pop(launch_id, None)
-        if launch is None:
-            return []
-        for name in launch.advert.served_names:
-            if not any(name in other.advert.served_names for other in self._launches.values()):
-                self._finished.pop(name, None)
-        return self._reject_stranded()
+        launch = self._directory.launches.pop(launch_id, None)
+        if launch is not None:
+            launch.nobody_waits()
+            self._regroup(now)
 
-    def drain(self) -> list[Effect]:
+    def eject(self, launch_id: str, now: float) -> Instance | None:
+        """It cannot be connected to: nothing new goes there. Its instance if that is news."""
+        launch = self._directory.launches.get(launch_id)
+        if launch is None or launch.instance is None:
+            return None
+        instance = launch.instance
+        launch.ejected = True
+        self._regroup(now)
+        return instance
+
+    def readmit(self, launch_id: str, now: float) -> None:
+        """It can be connected to. Idempotent."""
+        launch = self._directory.launches.get(launch_id)
+        if launch is not None and launch.ejected:
+            launch.ejected = False
+            self._regroup(now)
+
+    def signals(self, launch_id: str, signals: EngineSignals, now: float) -> None:
+        """What a launch's engine says of itself."""
+        launch = self._directory.launches.get(launch_id)
+        if launch is not None:
+            launch.budget.signals(signals, now)
+            self._dispatcher.take_back(launch, now)
+            self._dispatcher.pump((launch,), now)
+
+    def drain(self, now: float) -> None:
         """Refuse everything from now on and reject what waits. What runs may finish."""
         self._draining = True
-        return [self._reject(request, Draining("The daemon is stopping", retry_after=DEFAULT_RETRY_S))
-                for request in list(self._waiting())]  # fmt: skip
+        for request in list(self._directory.waiting()):
+            self._reject(request, refusals.draining(), now)
+
+    def tick(self, now: float) -> None:
+        """Time has passed: budgets may have grown, shrunk or fallen due."""
+        launches = self._directory.launches.values()
+        for launch in launches:
+            self._dispatcher.take_back(launch, now)
+        self._dispatcher.pump(launches, now)
+
+    def next_change(self, now: float) -> float | None:
+        """When ``tick`` is due although nothing happens; None: not before something happens."""
+        launches = self._directory.launches.values()
+        times = [launch.budget.next_change(now) for launch in launches if launch.waiting["batch"]]
+        return min((time for time in times if time is not None), default=None)
+
+    # What requests ask
 
     def request(self, request_id: int, target: Target, ticket: Ticket, now: float) -> Grant | None:
-        """A new request; ids are unique and increasing. Grant, or None: it waits. Raises the refusal (cases 1-4, 6)."""
+        """A new request; ids are unique and increasing. Grant, or None: it waits. Raises the refusal (1-4, 7)."""
         if self._draining:  # 1
-            raise Draining("The daemon is stopping", retry_after=DEFAULT_RETRY_S)
-        pool = self._pool(target, ticket)  # 2, 3
-        if ticket.principal is not None:  # 4
-            self.limits.check(ticket.principal, now)
-        request = _Request(request_id, target, ticket, self._queue_name(target, pool[0]), now)
-        # 5: usually nobody waits anywhere, and whose turn it is needs no search.
-        grant = self._grant_in_turn(request, now) if self._depth else self._grant_idle(request, pool, now)
-        if grant is None and self._depth.get(request.queue, 0) >= self._max_queued:  # 6
-            raise QueueFull(
-                f"{self._max_queued} requests for {request.queue!r} are already waiting",
-                retry_after=self._queue_clears_in(request.queue, now),
-            )
-        if ticket.principal is not None:
-            self.limits.enter(ticket.principal, now)
+            raise refusals.draining()
+        principal = ticket.principal
+        lane = self._directory.lane(target, principal)  # 2, 3
+        if principal is not None:  # 4
+            self.limits.check(principal, ticket, now)
+        request = Request(request_id, target, ticket, lane, now)
+        if ticket.cls == "realtime":
+            for one in lane.launches:
+                one.budget.realtime_arrived(now)
+        launch = self._dispatcher.free_launch(request, now)
+        grant: Grant | None
+        if launch is not None:  # 5
+            grant = self._dispatcher.start(request, launch, now)
+        else:
+            grant = self._dispatcher.queue(request, now)  # 6
+            if grant is None:
+                self._keep_bounds(request, now)  # 7
+                self._make_room(request)  # 8
+        if principal is not None:
+            request.charge = self.limits.enter(principal, ticket, now)
         self._requests[request_id] = request
-        if grant is None:  # 7
-            self._enqueue(request)
         return grant
 
-    def cancel(self, request_id: int, now: float) -> list[Effect]:
+    def began(self, request_id: int, now: float, *, streamed: bool) -> None:
+        """The answer of a granted request has begun. Idempotent."""
+        request = self._requests.get(request_id)
+        if request is None or request.launch is None or request.began:
+            return
+        launch = request.launch
+        launch.began(request, now, streamed=streamed)
+        self._dispatcher.take_back(launch, now)
+        if launch.waiting["batch"]:
+            self._dispatcher.pump((launch,), now)
+
+    def settle(self, request_id: int, usage: Usage, now: float) -> None:
+        """What the engine says a request used."""
+        request = self._requests.get(request_id)
+        if request is not None and request.charge is not None:
+            self.limits.settle(request.charge, usage.prompt_tokens + usage.completion_tokens, now)
+
+    def done(self, request_id: int, now: float, *, worked: bool = True) -> None:
+        """A granted request has ended, however. ``worked``: see ``KeyLimits.leave``. Idempotent."""
+        request = self._requests.get(request_id)
+        if request is None or request.launch is None:
+            return
+        launch = self._dispatcher.stop(request, now)
+        request.lane.shelf.pace.finished(now)
+        self._end(request, now, worked=worked)
+        waiting = launch.waiting
+        if waiting["realtime"] or waiting["batch"]:
+            self._dispatcher.pump((launch,), now)
+
+    def again(self, request_id: int, now: float) -> Grant | None:
+        """A granted request gives its place back and asks for another: it was revoked, or its engine cannot be reached.
+        Grant, or None: it waits where it would, had it never had one. Raises the refusal (1-3); it has ended then."""
+        request = self._requests[request_id]
+        before = self._dispatcher.stop(request, now)
+        before.turns[request.ticket.cls].refund(request)
+        try:
+            if self._draining:
+                raise refusals.draining()
+            request.lane = self._directory.lane(request.target, request.ticket.principal)
+        except ApiError:
+            self._end(request, now, worked=False)
+            self._dispatcher.pump((before,), now)
+            raise
+        request.since = now
+        grant = self._dispatcher.queue(request, now)
+        self._dispatcher.pump((before,), now)
+        if grant is None:
+            self._make_room(request)
+        return grant
+
+    def kept(self, request_id: int) -> None:
+        """A revocation came too late, or its holder cannot follow it: the request keeps its place."""
+        request = self._requests.get(request_id)
+        if request is not None and request.launch is not None:
+            request.launch.keep(request)
+
+    def cancel(self, request_id: int, now: float) -> None:
         """The caller went away, queued or running. Idempotent."""
         request = self._requests.get(request_id)
         if request is None:
-            return []
+            return
         if request.launch is not None:
-            return self.done(request_id, now)
-        self._dequeue(request)
-        self._end(request)
-        return self._pump(now)
+            self.done(request_id, now)
+            return
+        self._dispatcher.leave(request, now)
+        self._end(request, now, worked=False)
+        self._dispatcher.pump(request.lane.launches, now)
 
-    def expire(self, request_id: int, now: float) -> list[Effect]:
+    def expire(self, request_id: int, now: float) -> None:
         """The deadline of a request has come: rejected if it still waits. Idempotent."""
         request = self._requests.get(request_id)
         if request is None or request.launch is not None:
-            return []
-        error = Unavailable(
-            f"No free slot for {request.queue!r} within {now - request.since:.0f} s",
-            retry_after=self._queue_clears_in(request.queue, now),
-        )
-        return [self._reject(request, error), *self._pump(now)]
-
-    def done(self, request_id: int, now: float) -> list[Effect]:
-        """A granted request has ended, however. Idempotent."""
-        request = self._requests.get(request_id)
-        if request is None or request.launch is None:
-            return []
-        launch = request.launch
-        launch.sequences -= request.cost
-        launch.in_flight[request.ticket.cls] -= 1
-        times = self._finished.get(request.queue)
-        if times is None:
-            times = self._finished[request.queue] = deque(maxlen=_PACE_SAMPLES)
-        times.append(now)
-        self._end(request)
-        return self._pump(now) if self._depth else []
+            return
+        waited = request.waited + now - request.since
+        self._reject(request, refusals.expired(request.lane.shelf, request.ticket.cls, waited, now), now)
+        self._dispatcher.pump(request.lane.launches, now)
 
     # Questions
 
-    def instance(self, target: Target, ticket: Ticket) -> Instance:
+    def instance(self, target: Target, principal: Principal | None) -> Instance:
         """The launch a request that needs no slot goes to. Raises as ``request`` does in cases 2 and 3."""
-        launch = min(self._pool(target, ticket), key=lambda one: one.sequences)
-        assert launch.instance is not None  # noqa: S101 - what _pool means
+        launches = self._directory.lane(target, principal).launches
+        launch = min(launches, key=lambda one: one.busyness) if len(launches) > 1 else launches[0]
+        assert launch.instance is not None  # noqa: S101 - what a lane's launches mean
         return launch.instance
 
     def adverts(self) -> list[Advert]:
-        return [launch.advert for launch in self._launches.values()]
+        return [launch.advert for launch in self._directory.launches.values()]
+
+    def serves(self, model: str) -> bool:
+        """Whether that is a name under which requests are counted."""
+        return self._directory.shelf(model) is not None
+
+    def model_of(self, request_id: int) -> str:
+        """The served model a request counts under."""
+        return self._requests[request_id].lane.shelf.name
 
     def load(self, launch_id: str) -> LoadReport:
         """In flight on one launch; queued for it by id or under any model name it serves."""
-        launch = self._launches.get(launch_id)
-        queued: dict[str, int] = dict.fromkeys(CLASSES, 0)
-        if launch is None:
-            return LoadReport(dict.fromkeys(CLASSES, 0), queued)
-        for request in self._waiting():
-            if launch.answers_to(request.target):
-                queued[request.ticket.cls] += 1
-        return LoadReport(dict(launch.in_flight), queued)
+        return self._directory.load(launch_id)
 
     def queues(self) -> dict[str, LoadReport]:
-        """Running and waiting by served model, for all models that are announced or have anyone waiting."""
-        names = {name for launch in self._launches.values() for name in launch.advert.served_names} | set(self._depth)
-        found = {name: LoadReport(dict.fromkeys(CLASSES, 0), dict.fromkeys(CLASSES, 0)) for name in sorted(names)}
-        for request in self._requests.values():
-            if request.queue in found:
-                report = found[request.queue]
-                side = report.queued if request.launch is None else report.in_flight
-                side[request.ticket.cls] += 1
-        return found
+        """Running and waiting by served model, for all models that are announced."""
+        return self._directory.queues()
+
+    def budgets(self, now: float) -> dict[str, BudgetReport]:
+        """The batch budgets of the launches that can be routed to."""
+        launches = self._directory.launches.items()
+        return {key: launch.budget.report(now) for key, launch in launches if launch.instance is not None}
 
     def rate(self, principal: Principal, now: float) -> RateState | None:
         return self.limits.rate(principal, now)
 
-    # Case 2 and 3: who could serve this
+    # Ends
 
-    def _pool(self, target: Target, ticket: Ticket) -> list[_Launch]:
-        known = [launch for launch in self._launches.values() if launch.answers_to(target)]
-        pool = [launch for launch in known if _may_run(target, ticket, launch)]
-        if not pool:
-            raise self._refusal(target, ticket, known)
-        return pool
+    def _regroup(self, now: float) -> None:
+        for request in self._directory.regroup():
+            self._reject(request, self._directory.refusal(request.target, request.ticket.principal), now)
+        for launch in self._directory.launches.values():
+            launch.tell_waits(now)
+        self._dispatcher.pump(self._directory.launches.values(), now)
 
-    def _refusal(self, target: Target, ticket: Ticket, known: list[_Launch]) -> ApiError:
-        visible = [launch.advert for launch in known if _may_see(target, ticket, launch.advert)]
-        if isinstance(target, ByLaunch):
-            return launch_refusal(target, visible, ended=not known and self._ended(target.id))
-        return model_refusal(target, visible)
+    def _keep_bounds(self, request: Request, now: float) -> None:
+        """Case 7 for a request that has begun to wait: somebody goes when that is one too many."""
+        shelf, bounds = request.lane.shelf, self._bounds
+        if not shelf.over(bounds):
+            return
+        if request.ticket.cls == "batch" or shelf.over_without_batch(bounds):
+            self._dispatcher.leave(request, now)
+            raise refusals.queue_full(shelf, request.ticket, bounds, now)
+        while shelf.over(bounds):
+            youngest = shelf.youngest_batch()
+            self._reject(youngest, refusals.displaced(shelf, now), now)
+            self._dispatcher.pump(youngest.lane.launches, now)
 
-    def _reject_stranded(self) -> list[Effect]:
-        effects: list[Effect] = []
-        for request in list(self._waiting()):
-            known = [launch for launch in self._launches.values() if launch.answers_to(request.target)]
-            if not any(_may_run(request.target, request.ticket, launch) for launch in known):
-                effects.append(self._reject(request, self._refusal(request.target, request.ticket, known)))
-        return effects
+    def _make_room(self, request: Request) -> None:
+        """Case 8 for realtime: rule (d), unless it has got a place meanwhile."""
+        if request.ticket.cls == "realtime" and request.queued:
+            self._dispatcher.make_room(request.lane)
 
-    # Case 5: granting
+    def _reject(self, request: Request, error: ApiError, now: float) -> None:
+        self._dispatcher.leave(request, now)
+        self._end(request, now, worked=False)
+        self._dispatcher.effects.append(Reject(request.id, error))
 
-    def _grant_idle(self, request: _Request, pool: list[_Launch], now: float) -> Grant | None:
-        for launch in sorted(pool, key=_busyness) if len(pool) > 1 else pool:
-            if _fits(request, launch):
-                return self._grant(request, launch, now)
-        return None
-
-    def _grant_in_turn(self, request: _Request, now: float) -> Grant | None:
-        for launch in self._by_busyness():
-            if _may_run(request.target, request.ticket, launch) and launch.answers_to(request.target):
-                ahead = self._next_for(launch)
-                first = ahead is None or CLASSES.index(ahead.ticket.cls) > CLASSES.index(request.ticket.cls)
-                if first and _fits(request, launch):
-                    return self._grant(request, launch, now)
-        return None
-
-    def _pump(self, now: float) -> list[Effect]:
-        """Grant to waiting requests as long as any launch's next one fits there."""
-        effects: list[Effect] = []
-        granted = True
-        while granted and self._depth:
-            granted = False
-            for launch in self._by_busyness():
-                request = self._next_for(launch)
-                if request is not None and _fits(request, launch):
-                    self._dequeue(request)
-                    effects.append(self._grant(request, launch, now))
-                    granted = True
-                    break
-        return effects
-
-    def _grant(self, request: _Request, launch: _Launch, now: float) -> Grant:
-        instance = launch.instance
-        assert instance is not None  # noqa: S101 - only routable launches get here
-        self._grants += 1
-        launch.last_grant = self._grants
-        request.launch = launch
-        request.cost = _cost(request, instance)
-        launch.sequences += request.cost
-        launch.in_flight[request.ticket.cls] += 1
-        return Grant(request.id, instance, now - request.since)
-
-    def _by_busyness(self) -> list[_Launch]:
-        routable = [launch for launch in self._launches.values() if launch.instance is not None]
-        return sorted(routable, key=_busyness) if len(routable) > 1 else routable
-
-    def _next_for(self, launch: _Launch) -> _Request | None:
-        """The request whose turn it is on ``launch``: best class, then first come."""
-        advert = launch.advert
-        sources = [("model", name) for name in advert.served_names]
-        sources += [("launch", advert.launch_id)]
-        if advert.group_id != advert.launch_id:
-            sources += [("launch", advert.group_id)]
-        for cls in CLASSES:
-            heads = [
-                head
-                for kind, name in sources
-                for head in [next(self._eligible((kind, name, cls), launch), None)]
-                if head is not None
-            ]
-            if heads:
-                return min(heads, key=lambda one: one.id)
-        return None
-
-    def _eligible(self, lane: _Lane, launch: _Launch) -> Iterator[_Request]:
-        for request in self._lanes.get(lane, {}).values():
-            if _may_run(request.target, request.ticket, launch):
-                yield request
-
-    # Queues
-
-    def _waiting(self) -> Iterator[_Request]:
-        for lane in self._lanes.values():
-            yield from lane.values()
-
-    def _queue_name(self, target: Target, launch: _Launch) -> str:
-        if isinstance(target, ByModel):
-            return target.name
-        return next(iter(launch.advert.served_names), target.id)
-
-    def _enqueue(self, request: _Request) -> None:
-        self._lanes.setdefault(_lane(request), {})[request.id] = request
-        self._depth[request.queue] = self._depth.get(request.queue, 0) + 1
-
-    def _dequeue(self, request: _Request) -> None:
-        lane = self._lanes[_lane(request)]
-        del lane[request.id]
-        if not lane:
-            del self._lanes[_lane(request)]
-        self._depth[request.queue] -= 1
-        if not self._depth[request.queue]:
-            del self._depth[request.queue]
-
-    def _reject(self, request: _Request, error: ApiError) -> Reject:
-        self._dequeue(request)
-        self._end(request)
-        return Reject(request.id, error)
-
-    def _end(self, request: _Request) -> None:
+    def _end(self, request: Request, now: float, *, worked: bool) -> None:
         del self._requests[request.id]
-        if request.ticket.principal is not None:
-            self.limits.leave(request.ticket.principal.name)
-
-    def _queue_clears_in(self, queue: str, now: float) -> float:
-        """Seconds until today's queue has drained at the pace requests of this model have finished lately."""
-        lately = [time for time in self._finished.get(queue, ()) if time > now - _PACE_WINDOW_S]
-        if len(lately) < 2 or now <= lately[0]:
-            return DEFAULT_RETRY_S
-        return self._depth.get(queue, 0) * (now - lately[0]) / len(lately)
-
-
-def _busyness(launch: _Launch) -> tuple[int, int]:
-    return launch.sequences, launch.last_grant
-
-
-def _lane(request: _Request) -> _Lane:
-    if isinstance(request.target, ByModel):
-        return "model", request.target.name, request.ticket.cls
-    return "launch", request.target.id, request.ticket.cls
-
-
-def _cost(request: _Request, instance: Instance) -> int:
-    return max(1, min(request.ticket.sequences, instance.slots))
-
-
-def _fits(request: _Request, launch: _Launch) -> bool:
-    instance = launch.instance
-    return instance is not None and launch.sequences + _cost(request, instance) <= max(1, instance.slots)
-
-
-def _may_see(target: Target, ticket: Ticket, advert: Advert) -> bool:
-    """Whether the key's model list covers what the launch is and the name it was asked under."""
-    if ticket.principal is None or ticket.principal.models is None:
-        return True
-    name = target.name if isinstance(target, ByModel) else (*advert.served_names, advert.base_model)[0]
-    return ticket.principal.may_use(name, advert.base_model)
-
-
-def _may_run(target: Target, ticket: Ticket, launch: _Launch) -> bool:
-    instance = launch.instance
-    if instance is None or not _may_see(target, ticket, launch.advert):
-        return False
-    return not isinstance(target, ByModel) or target.route is None or launch.offers(target.route)
+        principal = request.ticket.principal
+        if principal is not None:
+            self.limits.leave(principal.name, request.charge, now, worked=worked)

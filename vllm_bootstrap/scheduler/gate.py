@@ -3,8 +3,8 @@
 The asyncio shell around ``admission``: it brings the clock, the deadlines and the wake-up calls, and decides nothing.
 
 Invariant: every request that got in ends exactly once, by release, cancel, rejection or expiry; a cancelled task or a
-dropped connection leaves no trace. Waiters are told from a fresh loop iteration, never from inside another request's
-``release``. Must not know: HTTP, connections, processes. Everything happens on one event loop.
+dropped connection leaves no trace. Waiters and holders are told from a fresh loop iteration, never from inside another
+request's ``release``. Must not know: HTTP, connections, processes. Everything happens on one event loop.
 """
 
 from __future__ import annotations
@@ -14,114 +14,122 @@ from collections.abc import Callable
 
 from vllm_bootstrap.auth.types import Principal
 from vllm_bootstrap.errors import ApiError
-from vllm_bootstrap.scheduler.admission import Admission
+from vllm_bootstrap.scheduler.admission import MAX_QUEUED_BYTES, Admission, default_budget
+from vllm_bootstrap.scheduler.leases import Lease, Pending
 from vllm_bootstrap.scheduler.limits import RateState
-from vllm_bootstrap.scheduler.tickets import ByLaunch, ByModel, Effect, Grant, Target, Ticket
+from vllm_bootstrap.scheduler.ports import BatchBudget, BudgetReport, EngineSignals
+from vllm_bootstrap.scheduler.tickets import (
+    ByLaunch,
+    ByModel,
+    GateEvent,
+    Grant,
+    Reject,
+    Revoke,
+    Target,
+    Ticket,
+    Usage,
+)
 from vllm_bootstrap.serving import Advert, Instance, LoadReport
 
 __all__ = ["ByLaunch", "ByModel", "Gate", "Lease", "Pending", "Target", "Ticket"]
 
-
-class Lease:
-    """A place on an engine. Whoever holds it must ``release`` it; releasing twice is harmless."""
-
-    __slots__ = ("_gate", "_id", "instance", "queue_ms")
-
-    def __init__(self, gate: Gate, request_id: int, grant: Grant) -> None:
-        self.instance: Instance = grant.instance
-        self.queue_ms = int(grant.waited_s * 1000)
-        self._gate: Gate | None = gate
-        self._id = request_id
-
-    def release(self) -> None:
-        """Give the place back. Idempotent; never blocks."""
-        gate, self._gate = self._gate, None
-        if gate is not None:
-            gate.finish(self._id)
-
-
-class Pending:
-    """A request that waits for its turn. ``notify`` is called once with a ``Lease`` or the ``ApiError`` that ended
-    it, unless ``cancel`` came first; a lease that was under way when ``cancel`` came is released."""
-
-    __slots__ = ("_gate", "_id", "_over", "notify", "timer")
-
-    def __init__(self, gate: Gate, request_id: int) -> None:
-        self._gate = gate
-        self._id = request_id
-        self._over = False
-        self.notify: Callable[[Lease | ApiError], None] = lambda _outcome: None
-        self.timer: asyncio.TimerHandle | None = None
-
-    def cancel(self) -> None:
-        """Leave the queue, or hand back what was just granted. Idempotent."""
-        if not self._over:
-            self._over = True
-            self._gate.abandon(self._id)
-
-    def resolve(self, outcome: Lease | ApiError) -> None:
-        """Called by the gate, once."""
-        if self._over:
-            if isinstance(outcome, Lease):
-                outcome.release()
-            return
-        self._over = True
-        self.notify(outcome)
+_SOONEST_TICK_S = 0.002  # so that a budget which is due all the time does not keep the loop busy
 
 
 class Gate:
-    """Queues and slots of all launches. ``max_queued`` requests may wait for one served model, each for
-    ``queue_timeout_s`` seconds unless it brings its own deadline. ``ended(id)``: see ``Admission``."""
+    """Queues and slots of all launches. ``max_queued`` requests may wait for one served model, their bodies having
+    ``max_queued_bytes``, each for ``queue_timeout_s`` seconds unless it brings its own deadline. ``ended(id)`` and
+    ``budget(slots)``: see ``Admission``. ``on_event`` hears what happens to each request."""
 
     def __init__(
         self,
         *,
         max_queued: int = 100,
+        max_queued_bytes: int = MAX_QUEUED_BYTES,
         queue_timeout_s: float = 300.0,
         ended: Callable[[str], bool] = lambda _id: False,
+        budget: Callable[[int], BatchBudget] = default_budget,
+        on_event: Callable[[GateEvent], None] | None = None,
     ) -> None:
-        self._admission = Admission(max_queued=max_queued, ended=ended)
+        self._admission = Admission(
+            max_queued=max_queued, max_queued_bytes=max_queued_bytes, ended=ended, budget=budget
+        )
         self._queue_timeout_s = queue_timeout_s
+        self._on_event = on_event
         self._pending: dict[int, Pending] = {}
+        self._revocable: dict[int, Lease] = {}
         self._last_id = 0
         self._listeners: list[Callable[[str], None]] = []
+        self._ejection_listeners: list[Callable[[Instance], None]] = []
+        self._tick_timer: asyncio.TimerHandle | None = None
+        self._tick_at = 0.0
 
     # What launches say
 
     def update(self, advert: Advert) -> None:
         """A launch announced itself or changed. Waiting requests are granted or rejected accordingly."""
-        self._dispatch(self._admission.update(advert, self._now()))
+        self._admission.update(advert, self._now())
+        self._carry_out()
         if advert.instance is None:
             self._withdrawn(advert.launch_id)
 
     def forget(self, launch_id: str) -> None:
         """A launch was deleted. Idempotent."""
-        self._dispatch(self._admission.forget(launch_id))
+        self._admission.forget(launch_id, self._now())
+        self._carry_out()
         self._withdrawn(launch_id)
 
     def on_withdrawn(self, listener: Callable[[str], None]) -> None:
         """``listener(launch_id)`` is called whenever a launch stops taking requests (idle connections can go)."""
         self._listeners.append(listener)
 
+    def on_ejected(self, listener: Callable[[Instance], None]) -> None:
+        """``listener(instance)`` is called whenever a launch is ejected: somebody should probe it until it answers."""
+        self._ejection_listeners.append(listener)
+
+    def unreachable(self, launch_id: str) -> None:
+        """A connection to the engine was refused: it is not chosen any more until ``reachable`` or the announcement of
+        another engine. Requests that only it could serve are rejected. Idempotent."""
+        instance = self._admission.eject(launch_id, self._now())
+        self._carry_out()
+        if instance is not None:
+            for listener in self._ejection_listeners:
+                listener(instance)
+
+    def reachable(self, launch_id: str) -> None:
+        """An ejected engine answers again. Idempotent."""
+        self._admission.readmit(launch_id, self._now())
+        self._carry_out()
+
+    def signals(self, launch_id: str, signals: EngineSignals) -> None:
+        """What the engine's metrics say now."""
+        self._admission.signals(launch_id, signals, self._now())
+        self._carry_out()
+
     def drain(self) -> None:
         """Refuse new requests and reject waiting ones with ``Draining``; running ones go on."""
-        self._dispatch(self._admission.drain())
+        self._admission.drain(self._now())
+        self._carry_out()
 
     # What requests ask
 
     def request(self, target: Target, ticket: Ticket, deadline: float | None = None) -> Lease | Pending:
         """Ask without a task: a lease at once, or a ``Pending`` whose ``notify`` the caller sets before it returns to
         the loop. ``deadline`` is in loop time. Raises the refusal (see ``admission``)."""
-        now = self._now()
         self._last_id += 1
         request_id = self._last_id
-        grant = self._admission.request(request_id, target, ticket, now)
+        try:
+            grant = self._admission.request(request_id, target, ticket, self._now())
+        except ApiError as error:
+            known = isinstance(target, ByModel) and self._admission.serves(target.name)
+            self._rejected(ticket, target[0] if known else "", error)
+            self._carry_out()
+            raise
         if grant is not None:
-            return Lease(self, request_id, grant)
-        pending = self._pending[request_id] = Pending(self, request_id)
-        due = now + self._queue_timeout_s if deadline is None else deadline
-        pending.timer = asyncio.get_running_loop().call_at(due, self._expire, request_id)
-        return pending
+            lease = self._lease(grant, ticket, deadline, self._queue_timeout_s)
+            self._carry_out()
+            return lease
+        return self._wait(request_id, ticket, deadline, self._queue_timeout_s)
 
     async def acquire(self, target: Target, ticket: Ticket, deadline: float | None = None) -> Lease:
         """Wait for a place. ``deadline`` is in loop time, by default ``queue_timeout_s`` from now. Raises ``ApiError``.
@@ -135,7 +143,7 @@ class Gate:
             if not outcome.done():
                 outcome.set_result(result)
             elif isinstance(result, Lease):  # the task was cancelled in this same iteration
-                result.release()
+                result.release(worked=False)
 
         got.notify = settle
         try:
@@ -143,7 +151,7 @@ class Gate:
         except asyncio.CancelledError:
             got.cancel()
             if outcome.done() and not outcome.cancelled() and isinstance(late := outcome.result(), Lease):
-                late.release()
+                late.release(worked=False)
             raise
         if isinstance(result, ApiError):
             raise result
@@ -151,8 +159,7 @@ class Gate:
 
     def instance(self, target: Target, principal: Principal | None = None) -> Instance:
         """Where a request that needs no slot (health, metrics, …) may go now. Raises as ``request`` does."""
-        ticket = Ticket(principal.name if principal else "", principal=principal)
-        return self._admission.instance(target, ticket)
+        return self._admission.instance(target, principal)
 
     # What others want to know
 
@@ -163,35 +170,135 @@ class Gate:
         """In flight and queued by served model."""
         return self._admission.queues()
 
+    def budgets(self) -> dict[str, BudgetReport]:
+        """The batch budgets of all routable launches by launch id."""
+        return self._admission.budgets(self._now())
+
     def adverts(self) -> list[Advert]:
         return self._admission.adverts()
 
     def rate(self, principal: Principal) -> RateState | None:
-        return self._admission.rate(principal, self._now())
+        return self._admission.limits.rate(principal, self._now())
 
     # From leases, waiters and timers
 
-    def finish(self, request_id: int) -> None:
+    def began(self, request_id: int, *, streamed: bool) -> None:
+        """``Lease.first_byte`` is the way to call this."""
+        self._revocable.pop(request_id, None)
+        self._admission.began(request_id, self._now(), streamed=streamed)
+        self._carry_out()
+
+    def settled(self, request_id: int, usage: Usage) -> None:
+        """``Lease.settle`` is the way to call this."""
+        self._admission.settle(request_id, usage, self._now())
+
+    def finish(self, request_id: int, *, worked: bool) -> None:
         """A lease was released (``Lease.release`` is the way to call this)."""
-        self._dispatch(self._admission.done(request_id, self._now()))
+        self._revocable.pop(request_id, None)
+        self._admission.done(request_id, self._now(), worked=worked)
+        self._carry_out()
+
+    def again(self, request_id: int, lease: Lease) -> Lease | Pending:
+        """``Lease.again`` is the way to call this."""
+        self._revocable.pop(request_id, None)
+        model = self._admission.model_of(request_id)
+        try:
+            grant = self._admission.again(request_id, self._now())
+        except ApiError as error:
+            self._rejected(lease.ticket, model, error)
+            self._carry_out()
+            raise
+        if grant is None:
+            return self._wait(request_id, lease.ticket, lease.deadline, lease.patience_s)
+        following = self._lease(grant, lease.ticket, lease.deadline, lease.patience_s)
+        self._carry_out()
+        return following
 
     def abandon(self, request_id: int) -> None:
         """A waiter went away (``Pending.cancel`` is the way to call this)."""
         if request_id in self._pending:
             self._take(request_id)
-            self._dispatch(self._admission.cancel(request_id, self._now()))
+            self._admission.cancel(request_id, self._now())
+            self._carry_out()
 
     def _expire(self, request_id: int) -> None:
-        self._dispatch(self._admission.expire(request_id, self._now()))
+        self._admission.expire(request_id, self._now())
+        self._carry_out()
 
-    def _dispatch(self, effects: list[Effect]) -> None:
-        if not effects:
+    def _tick(self) -> None:
+        self._tick_timer = None
+        self._admission.tick(self._now())
+        self._carry_out()
+
+    # Carrying out
+
+    def _lease(self, grant: Grant, ticket: Ticket, deadline: float | None, patience_s: float) -> Lease:
+        lease = Lease(self, grant, ticket, deadline, patience_s)
+        if ticket.replayable and ticket.cls == "batch":
+            self._revocable[grant.request] = lease
+        if self._on_event is not None:
+            model = self._admission.model_of(grant.request)
+            launch_id = grant.instance.launch_id
+            if grant.promoted:
+                self._on_event(GateEvent("promoted", ticket.cls, None, model, ticket.owner, launch_id, grant.waited_s))
+            self._on_event(GateEvent("admitted", ticket.cls, None, model, ticket.owner, launch_id, grant.waited_s))
+        return lease
+
+    def _rejected(self, ticket: Ticket, model: str, error: ApiError) -> None:
+        if self._on_event is not None:
+            self._on_event(GateEvent("rejected", ticket.cls, error.code, model, ticket.owner))
+
+    def _wait(self, request_id: int, ticket: Ticket, deadline: float | None, patience_s: float) -> Pending:
+        due = self._now() + patience_s if deadline is None else deadline
+        pending = Pending(self, request_id, ticket, deadline, due, self._admission.model_of(request_id))
+        self._pending[request_id] = pending
+        pending.timer = asyncio.get_running_loop().call_at(due, self._expire, request_id)
+        self._carry_out()
+        return pending
+
+    def _carry_out(self) -> None:
+        """Tell those concerned what admission has decided, each from a fresh iteration; and be there when it wants to
+        decide again."""
+        effects = self._admission.take_effects()
+        if effects:
+            loop = asyncio.get_running_loop()
+            for effect in effects:
+                if isinstance(effect, Grant):
+                    pending = self._take(effect.request)
+                    left = pending.due - loop.time()
+                    loop.call_soon(pending.resolve, self._lease(effect, pending.ticket, pending.deadline, left))
+                elif isinstance(effect, Reject):
+                    pending = self._take(effect.request)
+                    self._rejected(pending.ticket, pending.model, effect.error)
+                    loop.call_soon(pending.resolve, effect.error)
+                else:
+                    loop.call_soon(self._revoke, effect)
+        if self._admission.batch_waiting:
+            self._arm()
+
+    def _revoke(self, effect: Revoke) -> None:
+        lease = self._revocable.pop(effect.request, None)
+        if lease is None or not lease.may_be_revoked:
+            self._admission.kept(effect.request)
             return
-        loop = asyncio.get_running_loop()
-        for effect in effects:
-            pending = self._take(effect.request)
-            outcome = Lease(self, effect.request, effect) if isinstance(effect, Grant) else effect.error
-            loop.call_soon(pending.resolve, outcome)
+        if self._on_event is not None:
+            ticket, model = lease.ticket, self._admission.model_of(effect.request)
+            self._on_event(GateEvent("revoked", ticket.cls, None, model, ticket.owner, lease.instance.launch_id))
+        lease.revoke()
+
+    def _arm(self) -> None:
+        """See that ``_tick`` comes when batch budgets change with time alone."""
+        now = self._now()
+        due = self._admission.next_change(now)
+        if due is None:
+            return
+        due = max(due, now + _SOONEST_TICK_S)
+        if self._tick_timer is not None:
+            if self._tick_at <= due:
+                return
+            self._tick_timer.cancel()
+        self._tick_at = due
+        self._tick_timer = asyncio.get_running_loop().call_at(due, self._tick)
 
     def _take(self, request_id: int) -> Pending:
         pending = self._pending.pop(request_id)

@@ -6,13 +6,64 @@ succeed later says when to try again.
 
 from __future__ import annotations
 
-from vllm_bootstrap.errors import ApiError, Draining, LaunchNotReady, ModelLoading, ModelNotFound, NotFound, Unavailable
-from vllm_bootstrap.scheduler.tickets import ByLaunch, ByModel
-from vllm_bootstrap.serving import Advert
+from vllm_bootstrap.errors import (
+    ApiError,
+    Draining,
+    LaunchNotReady,
+    ModelLoading,
+    ModelNotFound,
+    NotFound,
+    QueueFull,
+    Unavailable,
+)
+from vllm_bootstrap.scheduler.pace import DEFAULT_RETRY_S
+from vllm_bootstrap.scheduler.shelf import QueueBounds, Shelf
+from vllm_bootstrap.scheduler.tickets import ByLaunch, ByModel, Ticket
+from vllm_bootstrap.serving import Advert, RequestClass
 
 ENDED = frozenset({"stopped", "failed"})
-DEFAULT_RETRY_S = 5.0
-"""Used for Retry-After as long as nothing better is known (no ETA, no measured drain)."""
+_MIB = 1024 * 1024
+
+
+def draining() -> ApiError:
+    """Case 1."""
+    return Draining("The daemon is stopping: send this again when it is back", retry_after=DEFAULT_RETRY_S)
+
+
+def queue_full(shelf: Shelf, ticket: Ticket, bounds: QueueBounds, now: float) -> ApiError:
+    """Case 7: nothing is free and no more may wait. ``shelf`` as it is without the request."""
+    wait = shelf.clears_in(ticket.cls, now)
+    if shelf.depth >= bounds.requests:
+        return QueueFull(
+            f"The queue of {shelf.name!r} is full: {shelf.depth} requests are waiting, the most this server allows "
+            "for a model. Send it later",
+            retry_after=wait,
+        )
+    return QueueFull(
+        f"The queue of {shelf.name!r} is full: the waiting requests hold {shelf.body_bytes / _MIB:.1f} MiB, and with "
+        f"this one's {ticket.body_bytes / _MIB:.1f} that would be more than the {bounds.body_bytes / _MIB:.1f} MiB "
+        "this server keeps for a model. Send it later",
+        retry_after=wait,
+    )
+
+
+def displaced(shelf: Shelf, now: float) -> ApiError:
+    """Case 7, for a batch request that waited: a realtime request needs its place in the queue."""
+    return QueueFull(
+        f"The queue of {shelf.name!r} is full, and realtime requests come before batch: this one has lost its place in "
+        "it. Send it later",
+        retry_after=shelf.clears_in("batch", now),
+    )
+
+
+def expired(shelf: Shelf, cls: RequestClass, waited_s: float, now: float) -> ApiError:
+    """It has waited as long as it may."""
+    ahead = "realtime and earlier requests came first" if cls == "batch" else "others came first"
+    return Unavailable(
+        f"No place at {shelf.name!r} came free for it within {waited_s:.0f} s: {ahead}, {shelf.depth} still wait. "
+        "Send it later",
+        retry_after=shelf.clears_in(cls, now),
+    )
 
 
 def model_refusal(target: ByModel, adverts: list[Advert]) -> ApiError:

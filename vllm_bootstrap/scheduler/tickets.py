@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from vllm_bootstrap.auth.types import Principal
 from vllm_bootstrap.errors import ApiError
@@ -27,19 +27,37 @@ Target = ByModel | ByLaunch
 
 class Ticket(NamedTuple):
     """What the scheduler must know of a request. ``sequences`` is prompts times ``n``; it occupies that many slots,
-    at most all of a launch. ``principal`` None: no limits, all models."""
+    at most all of a launch. ``prompt_tokens`` and ``output_tokens`` are estimates for the whole request, reserved
+    against token limits until the engine's ``usage`` settles them. ``priority`` -100 to 100, higher first, within one
+    key's requests of a class. ``body_bytes`` are held while it waits. ``replayable``: it can be sent again from the
+    start, so it may be taken back before its first byte. ``principal`` None: no limits, all models."""
 
     owner: str
     cls: RequestClass = "realtime"
     sequences: int = 1
     prompt_tokens: int = 0
     principal: Principal | None = None
+    output_tokens: int = 0
+    priority: int = 0
+    body_bytes: int = 0
+    replayable: bool = False
+
+
+class Usage(NamedTuple):
+    """Tokens an engine says it has read and made for one request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
 
 
 class Grant(NamedTuple):
+    """``waited_s``: all its time in the queue. ``promoted``: a batch request that went ahead for its floor's sake."""
+
     request: int
     instance: Instance
     waited_s: float
+    promoted: bool = False
 
 
 class Reject(NamedTuple):
@@ -47,4 +65,24 @@ class Reject(NamedTuple):
     error: ApiError
 
 
-Effect = Grant | Reject
+class Revoke(NamedTuple):
+    """Taken back before its first byte: the holder aborts it at the engine and asks again with ``Lease.again``."""
+
+    request: int
+
+
+Effect = Grant | Reject | Revoke
+
+
+class GateEvent(NamedTuple):
+    """What happened to one request, for those who count. ``code`` is that of a refusal. ``model`` is the served model
+    it counts under, empty where nothing of that name is served (so that strangers cannot invent names). A promoted
+    request is told twice: promoted, then admitted; one that comes again after a revocation is admitted again."""
+
+    kind: Literal["admitted", "rejected", "revoked", "promoted"]
+    cls: RequestClass
+    code: str | None = None
+    model: str = ""
+    owner: str = ""
+    launch_id: str | None = None
+    waited_s: float = 0.0

@@ -7,12 +7,16 @@ from typing import Any
 import pytest
 
 from tests.support.aio import eventually, run
+from tests.support.budgets import HandBudget
 from vllm_bootstrap.auth.types import Principal
 from vllm_bootstrap.errors import ApiError, ConcurrencyLimit, Draining, LaunchNotReady, QueueFull, Unavailable
 from vllm_bootstrap.scheduler.gate import ByLaunch, ByModel, Gate, Lease, Pending, Ticket
+from vllm_bootstrap.scheduler.ports import EngineSignals
+from vllm_bootstrap.scheduler.tickets import GateEvent, Usage
 from vllm_bootstrap.serving import Advert, Endpoint, Instance
 
 ME = Ticket("me")
+BULK = Ticket("bulk", "batch", replayable=True)
 MODEL = ByModel("m")
 
 
@@ -218,7 +222,8 @@ def test_limits_are_exact_when_five_hundred_come_at_once() -> None:
         assert outcomes.count("ran") == 7
         state = gate.rate(key)
         assert state is not None
-        assert state.remaining == 13
+        assert state.requests is not None
+        assert state.requests.remaining == 13
         outcomes = [await one(gate) for _ in range(500)]
         assert outcomes.count("ran") == 13
         assert at_rest(gate)
@@ -234,5 +239,236 @@ def test_where_a_request_without_a_slot_goes() -> None:
         assert gate.instance(ByLaunch("a")).launch_id == "a"
         assert gate.instance(ByLaunch("a"), Principal("p", frozenset())).launch_id == "a"
         lease.release()
+
+    run(main())
+
+
+class Holder:
+    """Keeps what a gate gives it, as the gateway does."""
+
+    def __init__(self, gate: Gate, ticket: Ticket, deadline: float | None = None) -> None:
+        self.lease: Lease | None = None
+        self.pending: Pending | None = None
+        self.error: ApiError | None = None
+        self.revoked = 0
+        self.take(gate.request(MODEL, ticket, deadline))
+
+    def take(self, got: Lease | Pending) -> None:
+        if isinstance(got, Pending):
+            self.pending = got
+            got.notify = self.on_outcome
+        else:
+            self.on_outcome(got)
+
+    def on_outcome(self, outcome: Lease | ApiError) -> None:
+        self.pending = None
+        if isinstance(outcome, Lease):
+            self.lease = outcome
+            outcome.on_revoked = self.on_revoked
+        else:
+            self.error = outcome
+
+    def on_revoked(self) -> None:
+        self.revoked += 1
+        assert self.lease is not None
+        lease, self.lease = self.lease, None
+        self.take(lease.again("revoked"))
+
+
+def by_hand(**options: Any) -> tuple[Gate, list[HandBudget], list[GateEvent]]:
+    budgets: list[HandBudget] = []
+    events: list[GateEvent] = []
+
+    def make(slots: int) -> HandBudget:
+        budgets.append(HandBudget(slots))
+        return budgets[-1]
+
+    return Gate(budget=make, on_event=events.append, **options), budgets, events
+
+
+def kinds(events: list[GateEvent]) -> list[tuple[str, str]]:
+    return [(event.kind, event.cls) for event in events]
+
+
+def test_realtime_takes_a_place_back_and_the_batch_request_comes_again() -> None:
+    async def main() -> None:
+        gate, budgets, events = by_hand()
+        gate.update(advert())
+        batch = Holder(gate, BULK)
+        realtime = Holder(gate, ME)
+        assert batch.revoked == 0, "never from inside another request's call"
+        await eventually(lambda: realtime.lease)
+        assert batch.revoked == 1
+        assert batch.pending is not None
+        assert realtime.lease is not None
+        realtime.lease.first_byte()
+        realtime.lease.first_byte(streamed=False)
+        realtime.lease.settle(Usage(1, 2))
+        realtime.lease.release()
+        await eventually(lambda: batch.lease)
+        assert batch.lease is not None
+        batch.lease.release()
+        assert at_rest(gate)
+        assert len(budgets[0].of("realtime_began")) == 1
+        assert kinds(events) == [
+            ("admitted", "batch"), ("revoked", "batch"), ("admitted", "realtime"), ("admitted", "batch"),
+        ]  # fmt: skip
+        assert events[1].model == "m"
+        assert events[1].launch_id == "a"
+
+    run(main())
+
+
+@pytest.mark.parametrize("why", ["first byte", "no listener", "released"])
+def test_a_revocation_that_its_holder_cannot_follow(why: str) -> None:
+    async def main() -> None:
+        gate, _, events = by_hand()
+        gate.update(advert())
+        batch = Holder(gate, BULK)
+        realtime = Holder(gate, ME)
+        lease = batch.lease
+        assert lease is not None
+        if why == "first byte":
+            lease.first_byte()
+        elif why == "no listener":
+            lease.on_revoked = None
+        else:
+            lease.release()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert batch.revoked == 0
+        assert ("revoked", "batch") not in kinds(events)
+        lease.release()
+        await eventually(lambda: realtime.lease)
+        assert realtime.lease is not None
+        realtime.lease.release()
+        assert at_rest(gate)
+
+    run(main())
+
+
+def test_an_unreachable_engine_is_left_for_another_and_probed_by_others() -> None:
+    async def main() -> None:
+        gate, _, events = by_hand()
+        ejected: list[Instance] = []
+        gate.on_ejected(ejected.append)
+        gate.update(advert())
+        gate.update(advert(launch_id="b"))
+        lease = gate.request(MODEL, ME)
+        assert isinstance(lease, Lease)
+        moved = lease.again("unreachable")
+        assert isinstance(moved, Lease)
+        assert moved.instance.launch_id == "b"
+        lease.release()  # it is over
+        with pytest.raises(RuntimeError):
+            lease.again("revoked")
+        gate.unreachable("a")
+        assert [one.launch_id for one in ejected] == ["a"]
+        waiter = gate.request(MODEL, ME)
+        assert isinstance(waiter, Pending)
+        told: list[Any] = []
+        waiter.notify = told.append
+        with pytest.raises(Unavailable):
+            moved.again("unreachable")
+        await eventually(lambda: told)
+        assert isinstance(told[0], Unavailable)
+        assert kinds(events)[-2:] == [("rejected", "realtime")] * 2
+        gate.reachable("a")
+        (await gate.acquire(MODEL, ME)).release()
+        assert at_rest(gate)
+
+    run(main())
+
+
+def test_one_timer_wakes_the_gate_when_a_budget_changes() -> None:
+    async def main() -> None:
+        gate, budgets, events = by_hand()
+        gate.update(advert(2))
+        (budget,) = budgets
+        now = asyncio.get_running_loop().time()
+        budget.most, budget.change_at = 0, now + 600
+        batch = Holder(gate, BULK)
+        assert gate._tick_timer is not None
+        first = gate._tick_timer
+        budget.change_at = now + 0.02
+        gate.signals("a", EngineSignals(running=0))
+        assert first.cancelled()
+        budget.due = now + 0.01
+        await eventually(lambda: batch.lease)
+        assert kinds(events) == [("promoted", "batch"), ("admitted", "batch")]
+        assert gate.budgets()["a"].batch_sequences == 1
+        assert batch.lease is not None
+        batch.lease.release(worked=False)
+        assert at_rest(gate)
+
+    run(main())
+
+
+def test_events_of_refusals_name_no_model_that_is_not_served() -> None:
+    async def main() -> None:
+        gate, _, events = by_hand()
+        gate.update(advert(state="bootstrapping"))
+        for target in (MODEL, ByModel("made-up"), ByLaunch("a")):
+            with pytest.raises(ApiError):
+                gate.request(target, ME)
+        assert [(event.model, event.code) for event in events] == [
+            ("m", "model_loading"), ("", "model_not_found"), ("", "launch_not_ready"),
+        ]  # fmt: skip
+
+    run(main())
+
+
+def test_coming_again_a_request_has_the_patience_it_had_left() -> None:
+    async def main() -> None:
+        gate, _, _ = by_hand(queue_timeout_s=60)
+        gate.update(advert())
+        loop = asyncio.get_running_loop()
+        batch = Holder(gate, BULK)
+        own = Holder(gate, BULK, loop.time() + 1000)
+        realtime = Holder(gate, ME)
+        await eventually(lambda: realtime.lease)
+        assert batch.pending is not None
+        assert batch.pending.due - loop.time() <= 60
+        assert own.pending is not None
+        assert own.pending.due - loop.time() > 900
+        assert realtime.lease is not None
+        realtime.lease.release()
+        await eventually(lambda: batch.lease)
+        assert batch.lease is not None
+        assert batch.lease.patience_s <= 60
+        batch.lease.release()
+        await eventually(lambda: own.lease)
+        assert own.lease is not None
+        assert own.lease.deadline is not None
+        own.lease.release()
+        assert at_rest(gate)
+
+    run(main())
+
+
+def test_ten_thousand_may_wait_and_all_get_their_turn() -> None:
+    async def main() -> None:
+        gate = Gate(max_queued=10_000)
+        gate.update(advert(8))
+        running = [gate.request(MODEL, ME) for _ in range(8)]
+        done = 0
+
+        def run_it(outcome: Lease | ApiError) -> None:
+            nonlocal done
+            assert isinstance(outcome, Lease)
+            done += 1
+            outcome.release()
+
+        for number in range(10_000):
+            pending = gate.request(MODEL, Ticket(f"key{number % 7}", "batch" if number % 3 else "realtime"))
+            assert isinstance(pending, Pending)
+            pending.notify = run_it
+        with pytest.raises(QueueFull):
+            gate.request(MODEL, BULK)
+        for lease in running:
+            assert isinstance(lease, Lease)
+            lease.release()
+        await eventually(lambda: done == 10_000, 30)
+        assert at_rest(gate)
 
     run(main())

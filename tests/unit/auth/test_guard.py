@@ -1,4 +1,5 @@
 import base64
+from dataclasses import replace
 
 import pytest
 
@@ -236,6 +237,24 @@ def test_is_current_follows_the_keys():
     assert principal is not None
     assert guard.is_current(principal)
     assert not guard.is_current(Principal("old", frozenset({"monitor"}), expires_at=NOW))
+
+
+def test_who_was_let_in_goes_on_unless_the_key_lost_something():
+    guard, _ = make()
+    principal = guard.admit(bearer("mon"), MONITOR)
+    assert principal is not None
+    assert guard.still_allows(principal)
+    assert guard.still_allows(replace(principal, requests_per_minute=1)), "limits are not rights"
+    for other in ({"models": ("m",)}, {"max_class": "batch"}, {"scopes": principal.scopes | {"admin"}}):
+        before = replace(principal, **other)
+        assert not guard.still_allows(before)
+        assert guard.knows(before)
+    for gone in ("nobody", "old"):
+        assert not guard.still_allows(Principal(gone, frozenset()))
+        assert not guard.knows(Principal(gone, frozenset()))
+    everybody, _ = make(open_access=True)
+    assert everybody.still_allows(LOCAL)
+    assert everybody.knows(LOCAL)
 
 
 # -- hosts ----------------------------------------------------------------------------------------------------------

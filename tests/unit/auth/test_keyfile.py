@@ -24,6 +24,8 @@ def test_an_entry_becomes_a_principal_without_its_token():
             max_class="batch",
             requests_per_minute=60,
             max_parallel=4,
+            tokens_per_minute=90_000,
+            max_enqueued_tokens=2_000_000,
             max_sequences=8,
             expires_at="2030-01-01T00:00:00Z",
         )
@@ -32,6 +34,7 @@ def test_an_entry_becomes_a_principal_without_its_token():
     assert (principal.name, principal.scopes, principal.models) == ("ci", frozenset({"monitor"}), ("llama-*",))
     assert (principal.max_class, principal.requests_per_minute) == ("batch", 60)
     assert (principal.max_parallel, principal.max_sequences) == (4, 8)
+    assert (principal.tokens_per_minute, principal.max_enqueued_tokens) == (90_000, 2_000_000)
     assert principal.expires_at == 1893456000.0
     assert TOKEN not in repr(principal)
     assert TOKEN not in repr(found)
@@ -51,8 +54,8 @@ def test_expiry_is_rfc_3339_or_unix_seconds(expires_at):
 @pytest.mark.parametrize(
     ("entries", "reason"),
     [
-        ([entry(tokens_per_minute=5)], "'tokens_per_minute' belongs to token limits, which are not built yet"),
-        ([entry(max_enqueued_tokens=5)], "'max_enqueued_tokens' belongs to batches, which are not built yet"),
+        ([entry(tokens_per_minute=0)], "tokens_per_minute"),
+        ([entry(max_enqueued_tokens=1.5)], "max_enqueued_tokens"),
         ([entry(colour="red")], "colour: unknown field"),
         ([entry(scopes=["root"])], "unknown scope 'root'; known: admin"),
         ([entry(scopes=[])], "scopes"),

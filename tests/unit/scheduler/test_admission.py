@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 
+from tests.support.desk import MODEL, Desk, launch
 from vllm_bootstrap.auth.types import Principal
 from vllm_bootstrap.errors import (
     ApiError,
@@ -17,78 +17,15 @@ from vllm_bootstrap.errors import (
     QueueFull,
     Unavailable,
 )
-from vllm_bootstrap.scheduler.admission import Admission
-from vllm_bootstrap.scheduler.tickets import ByLaunch, ByModel, Grant, Reject, Ticket
-from vllm_bootstrap.serving import Advert, Endpoint, EngineRoute, Instance, LoadReport
-
-CHAT = EngineRoute("POST", "/v1/chat/completions", frozenset({"realtime"}), inference=True)
-MODEL = ByModel("m")
-
-
-def launch(
-    launch_id: str = "a",
-    *,
-    slots: int = 2,
-    names: tuple[str, ...] = ("m",),
-    base: str = "base",
-    state: str = "ready",
-    routable: bool = True,
-    group: str | None = None,
-    retry: float | None = None,
-) -> Advert:
-    group = group or launch_id
-    instance = Instance(launch_id, group, "raw", base, names, Endpoint(uds="/x"), slots, (CHAT,))
-    return Advert(launch_id, group, base, names, state, instance if routable else None, retry)
-
-
-class Desk:
-    """An admission with ids and a clock, that keeps who was granted what."""
-
-    def __init__(self, *adverts: Advert, max_queued: int = 100, **options: Any) -> None:
-        self.admission = Admission(max_queued=max_queued, **options)
-        self.now = 0.0
-        self.ids = itertools.count(1)
-        self.granted: dict[int, str] = {}
-        self.rejected: dict[int, ApiError] = {}
-        for advert in adverts:
-            self.say(advert)
-
-    def say(self, advert: Advert) -> None:
-        self.take(self.admission.update(advert, self.now))
-
-    def take(self, effects: list[Any]) -> None:
-        for effect in effects:
-            if isinstance(effect, Grant):
-                self.granted[effect.request] = effect.instance.launch_id
-            else:
-                assert isinstance(effect, Reject)
-                self.rejected[effect.request] = effect.error
-
-    def ask(self, target: Any = MODEL, **ticket: Any) -> int:
-        request = next(self.ids)
-        grant = self.admission.request(request, target, Ticket(ticket.pop("owner", "me"), **ticket), self.now)
-        if grant is not None:
-            assert grant.request == request
-            self.granted[request] = grant.instance.launch_id
-        return request
-
-    def refusal(self, target: Any = MODEL, **ticket: Any) -> ApiError:
-        with pytest.raises(ApiError) as refused:
-            self.ask(target, **ticket)
-        return refused.value
-
-    def done(self, request: int) -> None:
-        del self.granted[request]
-        self.take(self.admission.done(request, self.now))
-
-    def order(self) -> list[int]:
-        return list(self.granted)
+from vllm_bootstrap.scheduler.tickets import ByLaunch, ByModel
+from vllm_bootstrap.serving import LoadReport
 
 
 def test_1_a_draining_daemon_refuses_and_empties_its_queues() -> None:
     desk = Desk(launch(slots=1))
     first, second = desk.ask(), desk.ask()
-    desk.take(desk.admission.drain())
+    desk.admission.drain(desk.now)
+    desk.take()
     assert isinstance(desk.rejected[second], Draining)
     assert isinstance(desk.refusal(), Draining)
     desk.done(first)
@@ -171,7 +108,8 @@ def test_4_a_full_queue_costs_the_key_nothing() -> None:
     assert isinstance(desk.refusal(principal=rated), QueueFull)
     state = desk.admission.rate(rated, 0.0)
     assert state is not None
-    assert state.remaining == 1
+    assert state.requests is not None
+    assert state.requests.remaining == 1
 
 
 def test_5_free_slots_are_granted_least_outstanding_first() -> None:
@@ -340,9 +278,10 @@ def test_a_forgotten_launch() -> None:
     running, waiting = desk.ask(), desk.ask()
     other = desk.ask(ByModel("n"))
     desk.done(other)
-    desk.take(desk.admission.forget("a"))
+    desk.admission.forget("a", 0.0)
+    desk.take()
     assert isinstance(desk.rejected[waiting], ModelNotFound)
-    assert desk.admission.forget("a") == []
+    desk.admission.forget("a", 0.0)
     desk.done(running)  # what still ran there may end
     assert desk.admission.load("a") == LoadReport({"realtime": 0, "batch": 0}, {"realtime": 0, "batch": 0})
     assert [advert.launch_id for advert in desk.admission.adverts()] == ["b"]
@@ -352,10 +291,10 @@ def test_a_cancelled_request_frees_what_it_held() -> None:
     desk = Desk(launch(slots=2))
     running = desk.ask(sequences=2)
     big, small = desk.ask(sequences=2), desk.ask()
-    desk.take(desk.admission.cancel(big, 0.0))
-    desk.take(desk.admission.cancel(big, 0.0))
+    desk.cancel(big)
+    desk.cancel(big)
     assert desk.order() == [running]
-    desk.take(desk.admission.cancel(running, 0.0))
+    desk.cancel(running)
     assert small in desk.granted
 
 
@@ -364,7 +303,7 @@ def test_cancelling_the_head_lets_smaller_ones_in() -> None:
     desk.ask()
     big, small = desk.ask(sequences=2), desk.ask()
     assert small not in desk.granted
-    desk.take(desk.admission.cancel(big, 0.0))
+    desk.cancel(big)
     assert small in desk.granted
 
 
@@ -372,7 +311,7 @@ def test_the_head_that_expires_lets_smaller_ones_in() -> None:
     desk = Desk(launch(slots=2))
     desk.ask()
     big, small = desk.ask(sequences=2), desk.ask()
-    desk.take(desk.admission.expire(big, 1.0))
+    desk.expire(big)
     assert big in desk.rejected
     assert small in desk.granted
 
@@ -381,13 +320,13 @@ def test_a_deadline_that_comes_while_waiting() -> None:
     desk = Desk(launch(slots=1))
     running, waiting, following = desk.ask(), desk.ask(sequences=5), desk.ask()
     desk.now = 30.0
-    desk.take(desk.admission.expire(waiting, 30.0))
+    desk.expire(waiting)
     error = desk.rejected[waiting]
     assert type(error) is Unavailable
     assert "30 s" in error.message
     assert error.retry_after is not None
-    assert desk.admission.expire(running, 30.0) == []
-    assert desk.admission.expire(waiting, 30.0) == []
+    desk.expire(running)
+    desk.expire(waiting)
     desk.done(running)
     assert following in desk.granted
 
@@ -395,9 +334,9 @@ def test_a_deadline_that_comes_while_waiting() -> None:
 def test_done_is_idempotent_and_ignores_what_waits() -> None:
     desk = Desk(launch(slots=1))
     running, waiting = desk.ask(), desk.ask()
-    assert desk.admission.done(waiting, 0.0) == []
+    desk.admission.done(waiting, 0.0)
     desk.done(running)
-    assert desk.admission.done(running, 0.0) == []
+    desk.admission.done(running, 0.0)
     assert desk.order() == [waiting]
 
 
@@ -430,14 +369,14 @@ def test_reports() -> None:
 def test_requests_of_a_forgotten_model_are_still_reported_nowhere() -> None:
     desk = Desk(launch("a", slots=1))
     desk.ask()
-    desk.admission.forget("a")
+    desk.admission.forget("a", 0.0)
     assert desk.admission.queues() == {}
 
 
 def test_where_a_request_without_a_slot_goes() -> None:
     desk = Desk(launch("a", group="g", slots=1), launch("b", group="g", slots=1))
     desk.ask(ByLaunch("a"))
-    nobody = Ticket("")
+    nobody = None
     assert desk.admission.instance(ByLaunch("a"), nobody).launch_id == "a"
     assert desk.admission.instance(ByLaunch("g"), nobody).launch_id == "b"
     with pytest.raises(NotFound):
@@ -448,8 +387,10 @@ def test_a_launch_that_serves_two_names_forgets_only_the_pace_of_its_own() -> No
     desk = Desk(launch("a", names=("m", "x")), launch("b"))
     for name in ("m", "x"):
         desk.done(desk.ask(ByModel(name)))
-    desk.take(desk.admission.forget("a"))
-    assert list(desk.admission._finished) == ["m"]
+    desk.admission.forget("a", 0.0)
+    desk.take()
+    assert list(desk.admission.queues()) == ["m"]
+    assert not desk.admission.serves("x")
 
 
 def test_a_launch_without_a_served_name() -> None:

@@ -1,0 +1,129 @@
+"""Requests that had a place and ask for another."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.desk import MODEL, Desk, launch
+from vllm_bootstrap.auth.types import Principal
+from vllm_bootstrap.errors import Draining, LaunchNotReady, TooManyRequests, Unavailable
+from vllm_bootstrap.scheduler.tickets import ByLaunch, Ticket, Usage
+
+KEY = Principal("key", frozenset({"realtime"}), requests_per_minute=1, max_parallel=1, tokens_per_minute=100)
+
+
+def test_a_request_whose_engine_cannot_be_reached_goes_to_a_replica() -> None:
+    desk = Desk(launch("a", slots=1), launch("b", slots=1))
+    request = desk.ask()
+    desk.eject("a")
+    desk.again(request)
+    assert desk.granted == {request: "b"}
+
+
+def test_it_waits_for_a_busy_replica_and_is_the_next_there() -> None:
+    desk = Desk(launch("a", slots=1), launch("b", slots=1))
+    moved, running = desk.ask(), desk.ask(cls="batch", replayable=True)
+    desk.ask(cls="batch")
+    desk.eject("a")
+    desk.again(moved)
+    assert desk.revoked == [running]
+    desk.again(running)
+    assert desk.granted == {moved: "b"}
+
+
+@pytest.mark.parametrize("target", [MODEL, ByLaunch("a")])
+def test_without_a_replica_it_is_refused_and_over(target: object) -> None:
+    desk = Desk(launch(slots=1))
+    request = desk.ask(target, principal=KEY, prompt_tokens=60)
+    desk.eject("a")
+    with pytest.raises(Unavailable, match="does not respond") as refused:
+        desk.again(request)
+    assert refused.value.retry_after == 5
+    desk.readmit("a")
+    assert desk.admission.limits.parallel("key") == 0
+    assert isinstance(desk.refusal(target, principal=KEY), TooManyRequests)  # its request counts, its tokens do not
+    state = desk.admission.limits.rate(KEY, 0.0)
+    assert state is not None
+    assert state.tokens is not None
+    assert state.tokens.remaining == 100
+
+
+def test_it_is_counted_against_limits_once() -> None:
+    desk = Desk(launch("a", slots=1), launch("b", slots=1))
+    request = desk.ask(principal=KEY, prompt_tokens=60)
+    desk.eject("a")
+    desk.again(request)
+    desk.admission.settle(request, Usage(10, 10, 5), 0.0)
+    state = desk.admission.limits.rate(KEY, 0.0)
+    assert state is not None
+    assert state.tokens is not None
+    assert state.tokens.remaining == 80
+    desk.done(request)
+    desk.admission.settle(request, Usage(50, 50), 0.0)
+    assert desk.admission.limits.parallel("key") == 0
+
+
+def test_not_while_the_daemon_drains() -> None:
+    desk = Desk(launch(slots=1))
+    request = desk.ask(cls="batch", replayable=True)
+    desk.admission.drain(0.0)
+    with pytest.raises(Draining):
+        desk.again(request)
+    assert desk.admission.queues()["m"].in_flight == {"realtime": 0, "batch": 0}
+
+
+def test_the_place_it_leaves_goes_to_the_next() -> None:
+    desk = Desk(launch(slots=1))
+    request = desk.ask(cls="batch", replayable=True)
+    realtime = desk.ask()
+    desk.again(request)
+    assert desk.order() == [realtime]
+
+
+def test_an_ejected_launch_refuses_what_only_it_can_serve_and_keeps_what_runs() -> None:
+    desk = Desk(launch("a", slots=1), launch("b", slots=1, names=("n",)))
+    running, waiting = desk.ask(), desk.ask()
+    desk.eject("a")
+    assert isinstance(desk.rejected[waiting], Unavailable)
+    assert desk.rejected[waiting].retry_after is not None
+    assert desk.order() == [running]
+    desk.done(running)
+    assert isinstance(desk.refusal(ByLaunch("a")), Unavailable)
+    desk.say(launch("a", state="stopping", routable=False))
+    assert isinstance(desk.refusal(ByLaunch("a")), LaunchNotReady)
+
+
+def test_the_time_it_had_a_place_is_no_waiting() -> None:
+    desk = Desk(launch(slots=1))
+    blocker = desk.ask()
+    request = desk.ask(cls="batch", replayable=True)
+    desk.now = 10.0
+    desk.done(blocker)
+    desk.now = 100.0
+    desk.ask()
+    desk.again(request)
+    desk.now = 105.0
+    desk.expire(request)
+    assert "within 15 s" in desk.rejected[request].message
+    assert "realtime and earlier requests came first" in desk.rejected[request].message
+
+
+def test_an_answer_that_has_begun_lets_the_next_batch_prompt_in() -> None:
+    desk = Desk(launch(slots=2))
+    first = desk.ask(cls="batch")
+    desk.budgets[0].most = 1
+    second = desk.ask(cls="batch")
+    desk.budgets[0].most = 2
+    desk.begin(first)
+    assert desk.order() == [first, second]
+    desk.admission.began(99, 0.0, streamed=True)
+
+
+def test_who_is_asked_about_a_request() -> None:
+    desk = Desk(launch(slots=1, names=("m", "n")))
+    request = desk.ask(ByLaunch("a"))
+    assert desk.admission.model_of(request) == "m"
+    assert desk.admission.serves("n")
+    assert not desk.admission.serves("a")
+    assert desk.admission.request(99, MODEL, Ticket("x"), 0.0) is None
+    assert desk.admission.batch_waiting == 0

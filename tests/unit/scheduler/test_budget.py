@@ -1,0 +1,341 @@
+import math
+
+import pytest
+
+from vllm_bootstrap.scheduler.budget import Budget, BudgetPolicy
+from vllm_bootstrap.scheduler.ports import EngineSignals
+
+QUICK = 0.010
+
+
+def learnt(slots: int = 128, now: float = 0.0, **policy: float) -> tuple[Budget, float]:
+    """A budget that knows what realtime is like alone, and the time; realtime is idle again."""
+    budget = Budget(BudgetPolicy(**policy), slots)  # type: ignore[arg-type]
+    for _ in range(8):
+        now = answer(budget, now, QUICK)
+    return budget, now + 10
+
+
+def answer(budget: Budget, now: float, ttft_s: float) -> float:
+    """One realtime request, its whole life; returns the time at its end."""
+    budget.realtime_arrived(now)
+    budget.realtime_granted(1, 20, now)
+    budget.realtime_began(ttft_s, now + ttft_s)
+    budget.realtime_ended(1, now + 0.2)
+    return now + 0.2
+
+
+def run_batch(budget: Budget, now: float, first: int, count: int) -> None:
+    for request in range(first, first + count):
+        budget.batch_granted(request, 1, 100, now)
+
+
+# -- idle (1) -------------------------------------------------------------------------------------------------------
+
+
+def test_without_realtime_batch_may_use_all_but_the_reserve():
+    budget = Budget(BudgetPolicy(), 128)
+    assert budget.allowance(0) == 115
+    assert budget.paced_until(0) is None
+    assert budget.take_back(0) == 0
+    assert budget.next_change(0) is None
+    assert budget.report(0).reason == "Realtime is idle: batch may use all but the reserve."
+
+
+@pytest.mark.parametrize(("slots", "reserve"), [(1, 0), (2, 1), (8, 1), (256, 26)])
+def test_the_reserve_is_a_share_but_at_least_one_slot_where_there_are_two(slots, reserve):
+    budget = Budget(BudgetPolicy(), slots)
+    assert budget.report(0).reserve == reserve
+    assert budget.allowance(0) == slots - reserve
+
+
+def test_a_reserve_may_be_nothing_only_where_there_is_one_slot():
+    assert Budget(BudgetPolicy(reserve_share=0), 16).allowance(0) == 15
+
+
+def test_a_resized_engine_has_another_top():
+    budget = Budget(BudgetPolicy(), 128)
+    budget.resize(10)
+    assert budget.allowance(0) == 9
+
+
+def test_when_realtime_falls_silent_batch_doubles_up_to_the_top():
+    budget, now = learnt()
+    now = answer(budget, now, QUICK)
+    start = next(t / 20 for t in range(int(now * 20), 10_000) if budget.allowance(t / 20) > 3)
+    seen = [budget.allowance(start + 0.01 + step / 4) for step in range(5)]
+    assert seen == [7, 14, 28, 56, 112]
+    assert budget.allowance(start + 2) == 115
+    assert budget.report(start + 0.1).reason == "Realtime has just become idle: batch grows."
+    change = budget.next_change(start + 0.01)
+    assert change is not None
+    assert start + 0.01 < change <= start + 0.27
+
+
+def test_usual_pauses_of_realtime_do_not_count_as_idle():
+    budget, now = learnt()
+    for _ in range(40):
+        now = answer(budget, now, QUICK) + 1.8
+    assert budget.allowance(now + 4) == 3, "two seconds apart: four are not yet idle"
+    assert budget.allowance(now + 20) == 115
+
+
+# -- active (2, 3) --------------------------------------------------------------------------------------------------
+
+
+def test_batch_pauses_until_realtime_alone_is_known():
+    budget = Budget(BudgetPolicy(), 128)
+    run_batch(budget, 0, 1, 100)
+    budget.realtime_arrived(0)
+    assert budget.allowance(0) == 0
+    assert budget.take_back(0) == 100
+    assert budget.report(0).reason == "Realtime is active and not known yet: batch pauses while its answers are timed."
+    for request in range(1, 101):
+        budget.batch_ended(request, 1, 0.1)
+    now = 1.0
+    for _ in range(8):
+        assert budget.allowance(now) == 0
+        now = answer(budget, now, QUICK)
+    assert budget.allowance(now) == 3
+    assert budget.report(now).ttft_baseline_s == QUICK
+    assert budget.report(now).reason == "Realtime is active: batch is held to what its answers bear."
+
+
+def test_realtime_that_shows_no_first_byte_is_listened_to_once():
+    budget = Budget(BudgetPolicy(), 128)
+    budget.realtime_granted(1, 20, 0)
+    budget.realtime_arrived(0)
+    assert budget.next_change(0) == 5
+    assert budget.allowance(5) == 3
+    for now in range(6, 200, 3):
+        budget.realtime_arrived(now)
+        assert budget.allowance(now) == 3
+
+
+def test_what_realtime_uses_batch_leaves():
+    budget, now = learnt()
+    budget.realtime_granted(113, 20, now)
+    assert budget.allowance(now) == 2
+    budget.realtime_granted(10, 20, now)
+    assert budget.allowance(now) == 0
+    assert budget.report(now).reason == "Realtime is active and leaves these slots."
+    assert budget.next_change(now) is None
+    budget.realtime_ended(123, now + 30)
+    assert budget.allowance(now + 300) == 115
+
+
+def test_the_cap_grows_while_answers_come_as_early_as_alone():
+    budget, now = learnt()
+    seen = []
+    run_batch(budget, now, 1, 115)
+    for _ in range(200):
+        now = answer(budget, now, QUICK)
+        seen.append(budget.allowance(now))
+    assert seen == sorted(seen)
+    assert seen[-1] > 20
+
+
+def test_the_cap_stays_where_batch_does_not_use_it():
+    budget, now = learnt()
+    run_batch(budget, now, 1, 1)
+    for _ in range(100):
+        now = answer(budget, now, QUICK)
+    assert budget.allowance(now) == 3
+
+
+def test_the_cap_shrinks_when_answers_begin_later_and_tries_again_from_nothing():
+    budget, now = learnt()
+    run_batch(budget, now, 1, 3)
+    for _ in range(60):
+        now = answer(budget, now, 2 * QUICK)
+    assert budget.allowance(now) == 0
+    assert budget.take_back(now) == 3
+    for request in (1, 2, 3):
+        budget.batch_ended(request, 1, now)
+    for _ in range(15):
+        now = answer(budget, now, QUICK)
+    assert budget.allowance(now) == 1
+
+
+def test_two_late_answers_are_no_accident():
+    budget, now = learnt()
+    run_batch(budget, now, 1, 3)
+    for number in range(20):
+        now = answer(budget, now, 10 * QUICK if number in {6, 8} else QUICK)
+    assert budget.allowance(now) < 3
+
+
+def test_in_between_it_stays():
+    budget, now = learnt()
+    run_batch(budget, now, 1, 3)
+    for _ in range(100):
+        now = answer(budget, now, 1.3 * QUICK)
+    assert budget.allowance(now) == 3
+    assert budget.report(now).ttft_recent_s == 1.3 * QUICK
+
+
+def test_an_old_baseline_is_made_anew():
+    budget, now = learnt()
+    now += 700
+    budget.realtime_arrived(now)
+    assert budget.allowance(now) == 0
+    for _ in range(8):
+        now = answer(budget, now, 3 * QUICK)
+    assert budget.report(now).ttft_baseline_s == 3 * QUICK
+    assert budget.allowance(now) == 3
+
+
+def test_without_the_cap_only_reserve_and_realtime_count():
+    budget = Budget(BudgetPolicy(cap=False, pacing=False), 128)
+    budget.realtime_arrived(0)
+    budget.realtime_granted(5, 20, 0)
+    run_batch(budget, 0, 1, 115)
+    assert budget.allowance(0) == 110
+    assert budget.take_back(0) == 0
+    assert budget.paced_until(0) is None
+    budget.realtime_ended(5, 1)
+    assert budget.allowance(3.1) == 115
+
+
+# -- pacing (4) -----------------------------------------------------------------------------------------------------
+
+
+def test_batch_prompts_go_one_after_the_other_beside_realtime():
+    budget, now = learnt()
+    budget.batch_granted(1, 1, 400, now)
+    assert budget.paced_until(now) is None, "realtime is idle"
+    budget.realtime_arrived(now)
+    assert budget.paced_until(now) == pytest.approx(now + 0.1)
+    assert budget.next_change(now) == pytest.approx(now + 0.1)
+    budget.batch_began(1, now + 0.05)
+    assert budget.paced_until(now + 0.05) is None
+
+
+def test_a_prompt_that_ended_paces_nothing():
+    budget, now = learnt()
+    budget.realtime_arrived(now)
+    budget.batch_granted(1, 1, 400, now)
+    budget.batch_ended(1, 1, now)
+    assert budget.paced_until(now) is None
+
+
+def test_the_engine_says_how_long_prompts_take():
+    budget, now = learnt()
+    budget.signals(EngineSignals(prompt_tokens=0, prefill_seconds_sum=0.0), now)
+    budget.signals(EngineSignals(prompt_tokens=1000, prefill_seconds_sum=1.0), now)
+    budget.realtime_arrived(now)
+    budget.batch_granted(1, 1, 400, now)
+    assert budget.paced_until(now) == pytest.approx(now + 0.4)
+    budget.batch_granted(2, 1, 10**9, now)
+    assert budget.paced_until(now) == pytest.approx(now + 5.4), "an absurd estimate does not stop batch"
+    budget.signals(EngineSignals(prompt_tokens=5, prefill_seconds_sum=0.5), now)  # the engine was started anew
+    budget.signals(EngineSignals(), now)
+
+
+# -- the engine -----------------------------------------------------------------------------------------------------
+
+
+def test_a_full_cache_or_preemption_takes_and_gives_back_slowly():
+    budget = Budget(BudgetPolicy(), 128)
+    budget.signals(EngineSignals(kv_usage=0.99, preemptions=0), 0)
+    assert budget.allowance(0) == 92
+    run_batch(budget, 0, 1, 50)
+    budget.signals(EngineSignals(kv_usage=0.5, preemptions=3), 2)
+    assert budget.allowance(2) == 40, "it held fifty and that was too much"
+    assert budget.report(2).reason == "Realtime is idle, but the engine's memory is full: batch is held back."
+    budget.signals(EngineSignals(kv_usage=0.9, preemptions=3), 4)
+    assert budget.allowance(4) == 40
+    for now in range(6, 30, 2):
+        budget.signals(EngineSignals(kv_usage=0.5, preemptions=3), now)
+    assert budget.allowance(30) == 115
+
+
+def test_memory_counts_beside_realtime_too():
+    budget, now = learnt(16)
+    for _ in range(40):
+        budget.signals(EngineSignals(kv_usage=0.99), now)
+    budget.realtime_arrived(now)
+    assert budget.allowance(now) == 1
+    assert budget.report(now).reason == "Realtime is active, and the engine's memory holds no more batch."
+
+
+def test_requests_that_wait_inside_the_engine_halve_the_cap():
+    budget, now = learnt(512)
+    budget.realtime_arrived(now)
+    assert budget.allowance(now) == 14
+    budget.signals(EngineSignals(waiting=60), now)
+    assert budget.allowance(now) == 7
+    budget.signals(EngineSignals(waiting=60), now + 0.1)
+    assert budget.allowance(now) == 7, "what ran before the change still waits"
+    budget.signals(EngineSignals(waiting=3), now + 2)
+    assert budget.allowance(now) == 7
+
+
+def test_the_step_time_is_shown():
+    budget = Budget(BudgetPolicy(), 16)
+    budget.signals(EngineSignals(inter_token_seconds_sum=1.0, inter_token_count=100), 0)
+    assert budget.report(0).step_s is None
+    budget.signals(EngineSignals(inter_token_seconds_sum=2.0, inter_token_count=200), 2)
+    assert budget.report(2).step_s == 0.01
+    budget.signals(EngineSignals(inter_token_seconds_sum=2.0, inter_token_count=200), 4)
+    assert budget.report(4).step_s == 0.01
+
+
+# -- the floor (6) --------------------------------------------------------------------------------------------------
+
+
+def test_the_floor_falls_due_at_the_end_of_a_minute_without_batch():
+    budget = Budget(BudgetPolicy(), 16)
+    assert not budget.overdue(1000)
+    budget.batch_waits(True, 1000)
+    assert not budget.overdue(1056.9)
+    assert budget.overdue(1057)
+    budget.batch_granted(1, 1, 10, 1057)
+    budget.promoted(1057)
+    assert not budget.overdue(1058)
+    budget.batch_ended(1, 1, 1058)
+    assert budget.overdue(1058), "three seconds of a minute, one was had"
+    budget.batch_granted(2, 1, 10, 1058)
+    budget.batch_ended(2, 1, 1060)
+    assert not budget.overdue(1060)
+    assert budget.overdue(1117)
+    assert budget.report(1117).promotions == 1
+
+
+def test_what_batch_gets_anyway_counts_for_the_floor():
+    budget = Budget(BudgetPolicy(), 16)
+    budget.batch_granted(1, 1, 10, 0)
+    budget.batch_waits(True, 10)
+    budget.batch_waits(True, 11)
+    budget.batch_ended(1, 1, 20)
+    assert not budget.overdue(69)
+    assert budget.next_change(20) == 127
+    assert budget.overdue(127)
+    budget.batch_waits(False, 128)
+    assert not budget.overdue(500)
+
+
+def test_a_request_that_runs_over_the_end_of_a_minute_counts_in_both():
+    budget = Budget(BudgetPolicy(), 16)
+    budget.batch_waits(True, 0)
+    budget.batch_granted(1, 1, 10, 57)
+    budget.batch_ended(1, 1, 62)
+    assert budget.next_change(62) == 119
+    assert not budget.overdue(118)
+
+
+def test_no_floor():
+    budget = Budget(BudgetPolicy(floor_share=0), 16)
+    budget.batch_waits(True, 0)
+    assert not budget.overdue(10_000)
+    assert budget.next_change(0) is None
+
+
+def test_events_of_requests_it_does_not_know_change_nothing():
+    budget = Budget(BudgetPolicy(), 16)
+    budget.batch_began(9, 0)
+    budget.batch_ended(9, 1, 0)
+    budget.realtime_ended(1, 0)
+    assert budget.report(0).batch_sequences == 0
+    assert budget.report(0).realtime_sequences == 0
+    assert math.isfinite(budget.allowance(0))

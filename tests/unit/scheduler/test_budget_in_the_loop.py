@@ -1,0 +1,137 @@
+"""The batch budget around a small model of an engine, in virtual time: does it settle where it should?"""
+
+import heapq
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from vllm_bootstrap.scheduler.budget import Budget, BudgetPolicy
+
+ALONE_S, STEP_S, ANSWER_S, BATCH_S = 0.012, 0.0005, 0.3, 0.8
+PROMPT_TOKENS, TOKEN_S = 150, 0.00003
+
+
+@dataclass
+class Engine:
+    """A first byte comes later by what each running batch sequence adds, and by the batch prompts being processed.
+    Batch always has more; ``per_sequence_s`` may be changed on the way."""
+
+    budget: Budget
+    chance: random.Random
+    per_sequence_s: float = STEP_S
+    running: dict[int, float] = field(default_factory=dict)
+    seen: list[tuple[float, float, int]] = field(default_factory=list)
+    taken_back: int = 0
+    grants: int = 0
+    events: list[tuple[float, str, float]] = field(default_factory=list)
+
+    def run(self, arrivals: Iterator[float], until: float, now: float = 0.0) -> None:
+        events = self.events
+        for at in itertools.takewhile(lambda one: one < until, arrivals):
+            heapq.heappush(events, (at, "arrives", 0.0))
+        tick = now
+        self.budget.batch_waits(True, now)
+        while now < until:
+            at, what, value = heapq.heappop(events) if events and events[0][0] <= tick else (tick, "tick", 0.0)
+            now = at
+            self.end_batch(now)
+            if what == "arrives":
+                self.budget.realtime_arrived(now)
+                self.budget.realtime_granted(1, 20, now)
+                ttft = self.first_byte(now)
+                heapq.heappush(events, (now + ttft, "began", ttft))
+                heapq.heappush(events, (now + ttft + ANSWER_S, "ended", 0.0))
+                self.seen.append((now, ttft, len(self.running)))
+            elif what == "began":
+                self.budget.realtime_began(value, now)
+            elif what == "ended":
+                self.budget.realtime_ended(1, now)
+            else:
+                tick += 0.005
+            self.fill(now)
+
+    def first_byte(self, now: float) -> float:
+        self.take_back(now)
+        prompts = sum(now - since < PROMPT_TOKENS * TOKEN_S for since in self.running.values())
+        work = ALONE_S + self.per_sequence_s * len(self.running) + prompts * PROMPT_TOKENS * TOKEN_S
+        return work * self.chance.uniform(0.85, 1.35)
+
+    def take_back(self, now: float) -> None:
+        for request in sorted(self.running, reverse=True)[: self.budget.take_back(now)]:
+            del self.running[request]
+            self.budget.batch_ended(request, 1, now)
+            self.taken_back += 1
+
+    def end_batch(self, now: float) -> None:
+        for request, since in list(self.running.items()):
+            if now - since >= BATCH_S * (1 + request % 7 / 7):
+                del self.running[request]
+                self.budget.batch_ended(request, 1, now)
+
+    def fill(self, now: float) -> None:
+        self.take_back(now)
+        while len(self.running) < self.budget.allowance(now) and self.budget.paced_until(now) is None:
+            self.grants += 1
+            self.running[self.grants] = now
+            self.budget.batch_granted(self.grants, 1, PROMPT_TOKENS, now)
+
+    def tail(self, start: float, end: float) -> float:
+        late = sorted(ttft for at, ttft, _ in self.seen if start <= at < end)
+        return late[int(len(late) * 0.99)]
+
+    def mean_batch(self, start: float, end: float) -> float:
+        counts = [count for at, _, count in self.seen if start <= at < end]
+        return sum(counts) / len(counts)
+
+
+def poisson(rate: float, chance: random.Random, start: float = 0.0) -> Iterator[float]:
+    at = start
+    while at < 1000:
+        at += chance.expovariate(rate)
+        yield at
+
+
+def made(seed: int, slots: int = 128) -> Engine:
+    return Engine(Budget(BudgetPolicy(), slots), random.Random(seed))
+
+
+@pytest.mark.parametrize("rate", [3.0, 15.0, 40.0])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_it_settles_where_realtime_is_hardly_later_and_batch_still_runs(rate, seed):
+    engine = made(seed)
+    engine.run(poisson(rate, engine.chance), until=180)
+    assert engine.tail(60, 180) <= 1.5 * 1.35 * ALONE_S * 1.35
+    assert engine.mean_batch(60, 180) >= 2
+
+
+def test_a_slower_engine_gets_less_and_a_faster_one_more():
+    counts = {}
+    for per_sequence_s in (STEP_S / 4, STEP_S * 4):
+        engine = made(5)
+        engine.per_sequence_s = per_sequence_s
+        engine.run(poisson(20, engine.chance), until=120)
+        counts[per_sequence_s] = engine.mean_batch(60, 120)
+    slow, fast = counts[STEP_S * 4], counts[STEP_S / 4]
+    assert fast > 2 * slow
+    assert slow > 0
+
+
+def test_after_realtime_has_gone_batch_fills_the_engine_within_seconds():
+    engine = made(7)
+    engine.run((at for at in poisson(15, engine.chance) if at < 60), until=60)
+    assert len(engine.running) < 40
+    engine.run(iter(()), until=75, now=60)
+    assert len(engine.running) == 115
+
+
+def test_when_realtime_comes_back_only_its_first_moments_feel_a_full_engine():
+    engine = made(9)
+    engine.run((at for at in poisson(15, engine.chance) if at < 40), until=70)
+    assert len(engine.running) == 115
+    engine.run(poisson(15, engine.chance, start=70), until=100, now=70)
+    assert engine.taken_back > 80
+    late = [ttft for at, ttft, _ in engine.seen if at >= 70 and ttft > 3 * ALONE_S]
+    assert len(late) <= 2

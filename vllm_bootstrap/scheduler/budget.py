@@ -1,0 +1,238 @@
+"""How much of a launch batch may use right now. PURE: events with their time in, an allowance out.
+
+Invariant: the allowance is between 0 and slots minus the realtime reserve; batch gets its floor in every minute
+(``overdue``); and some seconds after the last realtime request the allowance is back at its top.
+
+The allowance, the first case that applies (docs/scheduling.md has the reasons):
+
+1. realtime is idle                 -> up from the cap, twice as much every quarter of a second, to all but the reserve
+2. realtime is active, unknown yet  -> nothing, for some seconds, until its answers alone have been seen
+3. realtime is active               -> the least of
+   a. what the engine's memory holds: less when its cache is nearly full or it preempts, slowly back up
+   b. the slots that realtime and its reserve leave
+   c. the cap, which follows the time to realtime's first byte against its own baseline (``budget_cap``)
+
+Beside the number:
+
+4. pacing: while realtime is active one batch prompt is let in after the other (``budget_pacing``)
+5. taking back: while realtime is active, what runs beyond one and a half times the allowance
+6. the floor: batch has had too little of this minute -> one request may go although realtime waits (``budget_floor``)
+
+Nothing here knows clocks, engines or who the requests belong to.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from vllm_bootstrap.scheduler.budget_cap import SETTLE_S, Cap
+from vllm_bootstrap.scheduler.budget_floor import Floor
+from vllm_bootstrap.scheduler.budget_pacing import Pacing, grown, ratio
+from vllm_bootstrap.scheduler.ports import BatchBudget, BudgetReport, EngineSignals
+
+# Realtime counts as active for some of its usual pauses after its last sign of life, within bounds.
+PAUSES, LONGEST_HOLD_S, GAP_WEIGHT = 4, 10.0, 0.125
+LISTEN_S, LISTEN_EVERY_S = 5.0, 60.0
+RAMP_S = 0.25
+KV_FULL, KV_EASY = 0.95, 0.85
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetPolicy:
+    """``reserve_share``: the part of all slots that is kept free for realtime to come. ``floor_share``: the part of
+    each minute for which one batch request runs, come what may. ``ttft_factor``: how much later than without batch a
+    realtime answer may begin. ``idle_after_s``: the shortest time after its last sign of life that realtime counts as
+    active. ``pacing``, ``cap``: whether cases 4 and 3c are in force (the bench measures without)."""
+
+    reserve_share: float = 0.1
+    floor_share: float = 0.05
+    ttft_factor: float = 1.5
+    idle_after_s: float = 2.0
+    pacing: bool = True
+    cap: bool = True
+
+
+class Budget(BatchBudget):
+    """The batch budget of one launch with ``slots`` sequence slots."""
+
+    def __init__(self, policy: BudgetPolicy, slots: int) -> None:
+        self._policy = policy
+        self._cap = Cap(policy.ttft_factor)
+        self._floor = Floor(policy.floor_share)
+        self._pacing = Pacing()
+        self._slots = self._reserve = self._memory = 0
+        self._realtime = self._batch = 0
+        self._running: set[int] = set()
+        self._batch_over_at = -math.inf
+        self._arrived_at: float | None = None
+        self._gap_s = 0.0
+        self._active_until = -math.inf
+        self._listen_until = self._listen_again = -math.inf
+        self._last = EngineSignals()
+        self._step_s: float | None = None
+        self._promotions = 0
+        self.resize(slots)
+
+    def resize(self, slots: int) -> None:
+        self._slots = slots
+        share = math.ceil(slots * self._policy.reserve_share)
+        self._reserve = min(max(1, share), slots - 1) if slots > 1 else 0
+        self._memory = slots - self._reserve
+
+    # Realtime
+
+    def realtime_arrived(self, now: float) -> None:
+        if self._arrived_at is not None:
+            gap = min(now - self._arrived_at, LONGEST_HOLD_S)
+            self._gap_s += GAP_WEIGHT * (gap - self._gap_s)
+        self._arrived_at = now
+        if not self._cap.knows(now) and now >= self._listen_again:
+            # Not again, unless a first byte shows that realtime has any to time.
+            self._listen_until, self._listen_again = now + LISTEN_S, math.inf
+        self._seen(now)
+
+    def realtime_granted(self, sequences: int, prompt_tokens: int, now: float) -> None:  # noqa: ARG002
+        self._realtime += sequences
+        self._seen(now)
+
+    def realtime_began(self, ttft_s: float, now: float) -> None:
+        self._seen(now)
+        self._listen_again = min(self._listen_again, now + LISTEN_EVERY_S)
+        if self._batch:
+            self._cap.beside(ttft_s, self._batch, self._top, now)
+        elif now - self._batch_over_at >= SETTLE_S:
+            self._cap.alone(ttft_s, now)
+            self._cap.recover(self._top, now)
+
+    def realtime_ended(self, sequences: int, now: float) -> None:
+        self._realtime = max(0, self._realtime - sequences)
+        self._seen(now)
+
+    def _seen(self, now: float) -> None:
+        hold = min(max(self._policy.idle_after_s, PAUSES * self._gap_s), LONGEST_HOLD_S)
+        self._active_until = max(self._active_until, now + hold)
+
+    def _active(self, now: float) -> bool:
+        return self._realtime > 0 or now < self._active_until
+
+    # Batch
+
+    def batch_granted(self, request: int, sequences: int, prompt_tokens: int, now: float) -> None:
+        self._running.add(request)
+        self._batch += sequences
+        self._pacing.granted(request, prompt_tokens, now)
+        self._floor.runs(running=True, now=now)
+
+    def batch_began(self, request: int, now: float) -> None:  # noqa: ARG002
+        self._pacing.over(request)
+
+    def batch_ended(self, request: int, sequences: int, now: float) -> None:
+        self._running.discard(request)
+        self._batch = max(0, self._batch - sequences)
+        self._pacing.over(request)
+        if not self._running:
+            self._batch_over_at = now
+            self._floor.runs(running=False, now=now)
+
+    def batch_waits(self, waiting: bool, now: float) -> None:
+        self._floor.waits(waiting, now)
+
+    # The engine
+
+    def signals(self, signals: EngineSignals, now: float) -> None:
+        last, self._last = self._last, signals
+        self._pacing.signals(last, signals)
+        self._step_s = (
+            ratio(
+                grown(last.inter_token_seconds_sum, signals.inter_token_seconds_sum),
+                grown(last.inter_token_count, signals.inter_token_count),
+            )
+            or self._step_s
+        )
+        usage = signals.kv_usage
+        if (usage is not None and usage > KV_FULL) or grown(last.preemptions, signals.preemptions):
+            self._memory = max(1, min(self._memory, self._batch or self._memory) * 4 // 5)
+        elif usage is None or usage < KV_EASY:
+            self._memory = min(self._slots - self._reserve, self._memory + max(1, self._slots // 16))
+        # More waits inside the engine than the reserve is for: slots or cache are short there.
+        if self._active(now) and signals.waiting is not None and signals.waiting > self._reserve:
+            self._cap.shrink(now)
+
+    # What batch may do
+
+    @property
+    def _top(self) -> int:
+        return min(self._slots - self._reserve, self._memory)
+
+    def allowance(self, now: float) -> int:
+        top = self._top
+        if not self._active(now):  # 1
+            return min(top, self._ramp(now))
+        if now < self._listen_until and self._policy.cap and not self._cap.knows(now):  # 2
+            return 0
+        room = self._slots - self._reserve - self._realtime
+        cap = self._cap.value(self._slots - self._reserve) if self._policy.cap else top
+        return max(0, min(top, room, cap))  # 3
+
+    def _ramp(self, now: float) -> int:
+        full = self._slots - self._reserve
+        steps = (now - self._active_until) / RAMP_S
+        start = max(self._cap.value(full), full // 16, 1)
+        return full if steps >= 16 or not self._policy.cap else min(full, start * 2 ** int(steps))
+
+    def paced_until(self, now: float) -> float | None:
+        return self._pacing.until(now) if self._policy.pacing and self._active(now) else None  # 4
+
+    def take_back(self, now: float) -> int:
+        if not self._active(now) or not self._policy.cap:
+            return 0
+        allowance = self.allowance(now)
+        return max(0, self._batch - allowance - allowance // 2)  # 5
+
+    def overdue(self, now: float) -> bool:
+        due = self._floor.due_at(now)
+        return due is not None and now >= due  # 6
+
+    def promoted(self, now: float) -> None:  # noqa: ARG002
+        self._promotions += 1
+
+    def next_change(self, now: float) -> float | None:
+        times = [self._floor.due_at(now), self.paced_until(now)]
+        if not self._active(now):
+            if self.allowance(now) < self._top:
+                grows = self._active_until + RAMP_S * (int((now - self._active_until) / RAMP_S) + 1)
+                times.append(grows if grows > now else grows + RAMP_S)  # rounding
+        else:
+            times += [self._listen_until] if self._realtime else [self._listen_until, self._active_until]
+        return min((time for time in times if time is not None and time > now), default=None)
+
+    def report(self, now: float) -> BudgetReport:
+        return BudgetReport(
+            slots=self._slots,
+            reserve=self._reserve,
+            allowance=self.allowance(now),
+            batch_sequences=self._batch,
+            realtime_sequences=self._realtime,
+            reason=self._reason(now),
+            ttft_baseline_s=self._cap.baseline_s,
+            ttft_recent_s=self._cap.recent_s,
+            step_s=self._step_s,
+            promotions=self._promotions,
+        )
+
+    def _reason(self, now: float) -> str:
+        allowance, top = self.allowance(now), self._top
+        if not self._active(now):
+            if allowance < top:
+                return "Realtime has just become idle: batch grows."
+            if top < self._slots - self._reserve:
+                return "Realtime is idle, but the engine's memory is full: batch is held back."
+            return "Realtime is idle: batch may use all but the reserve."
+        if allowance == 0 and now < self._listen_until:
+            return "Realtime is active and not known yet: batch pauses while its answers are timed."
+        if allowance == self._slots - self._reserve - self._realtime or allowance == 0:
+            return "Realtime is active and leaves these slots."
+        if allowance == top:
+            return "Realtime is active, and the engine's memory holds no more batch."
+        return "Realtime is active: batch is held to what its answers bear."
