@@ -26,7 +26,13 @@ class Route:
         return f"{self.method} {self.path}"
 
     def target(self, launch_id: str) -> str:
-        values = {"{launch_id}": launch_id, "{model}": "org/no-such-model", "{name}": "no-such-asset.css"}
+        values = {
+            "{launch_id}": launch_id,
+            "{model}": "org/no-such-model",
+            "{response_id}": "resp_none",
+            "{name}": "no-such-asset.css",
+            "{request_id}": "no-such-request",
+        }
         found = self.path
         for name, value in values.items():
             found = found.replace(name, value)

@@ -54,12 +54,19 @@ class Figures:
 
 
 class Chaos:
-    """Rounds against ``daemon``, which must be up. Raises ``AssertionError`` when something does not hold."""
+    """Rounds against ``daemon``, which must be up. Raises ``AssertionError`` when something does not hold.
 
-    def __init__(self, daemon: DaemonProcess, seed: int) -> None:
+    ``spared``: launches that nothing is done to, but that must be there and in order like all others. ``kept``: how
+    many ended launches the daemon remembers.
+    """
+
+    def __init__(
+        self, daemon: DaemonProcess, seed: int, spared: frozenset[str] = frozenset(), kept: int = 1000
+    ) -> None:
         self.figures = Figures()
-        self._daemon, self._random = daemon, random.Random(seed)
+        self._daemon, self._random, self._spared = daemon, random.Random(seed), spared
         self._acknowledged: set[str] = set()
+        self._newest = kept // 2  # launches do not end in the order of their ids
         self._seen_ended: set[str] = set()
         self._restarts = 0
 
@@ -71,20 +78,23 @@ class Chaos:
         for number in range(rounds):
             if within_s is not None and time.monotonic() - began > within_s:
                 break
-            fault = self._round()
-            self.figures.rounds += 1
+            fault = self.round()
             told(number, fault)
-        self._stop_all()
-        self._daemon.assert_no_leftovers()
+        self.stop_all()
         self.figures.findings.update(FINDING.findall(self._daemon.log))
         self.figures.seconds = time.monotonic() - began
 
-    def _round(self) -> str:
-        actions = (
+    def round(self, *, kill_daemon: bool | None = None) -> str:
+        """One round; what was done. ``kill_daemon``: whether the daemon is a victim, None leaves it to chance."""
+        launches = (
             self._stop_one, self._stop_one, self._stop_many, self._kill_shim, self._kill_main, self._kill_child,
-            self._kill_daemon, self._kill_daemon_at_birth, self._kill_daemon_at_birth, self._kill_daemon_and_shim,
-            self._kill_daemon_and_main, self._kill_daemon_while_stopping, self._kill_shim_at_birth,
+            self._kill_shim_at_birth,
         )  # fmt: skip
+        daemons = (
+            self._kill_daemon, self._kill_daemon_at_birth, self._kill_daemon_at_birth, self._kill_daemon_and_shim,
+            self._kill_daemon_and_main, self._kill_daemon_while_stopping,
+        )  # fmt: skip
+        actions = {None: launches + daemons, False: launches, True: daemons}[kill_daemon]
         if self._random.random() < 0.8:
             self._start_some()
         if self._random.random() < 0.5:  # half of the faults hit starts, half of them engines that serve
@@ -100,9 +110,25 @@ class Chaos:
         self._check(name, began + DEADLINE_S)
         self.figures.slowest_s = max(self.figures.slowest_s, time.monotonic() - began)
         if self._random.random() < 0.3:
-            self._stop_all()
-            self._daemon.assert_no_leftovers()
+            self.stop_all()
+        self.figures.rounds += 1
         return name
+
+    def stop_all(self) -> None:
+        """Stop all but the spared, and find nothing left."""
+        self._end_all()
+        if self._spared:
+            self._check("stopping everything", time.monotonic() + DEADLINE_S)
+        else:
+            self._daemon.assert_no_leftovers()
+
+    def freeze(self, seconds: float) -> None:
+        """Stop an engine's main process for so long."""
+        launch = self._one()
+        if launch is not None and self._signal(launch["pid"], signal.SIGSTOP):
+            time.sleep(seconds)
+            self._signal(launch["pid"], signal.SIGCONT)
+            self.figures.faults["freeze"] += 1
 
     # -- what is done --------------------------------------------------------------------------------------------
 
@@ -137,7 +163,7 @@ class Chaos:
 
     def _active(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self._daemon.request("GET", "/launches?limit=1000").json()["data"]
-        return found
+        return [launch for launch in found if launch["launch_id"] not in self._spared]
 
     def _one(self) -> dict[str, Any] | None:
         active = self._active()
@@ -165,7 +191,7 @@ class Chaos:
         assert answer.status in {200, 202}, answer.body
         assert answer.status == 202 or answer.json()["state"] in ENDED
 
-    def _stop_all(self) -> None:
+    def _end_all(self) -> None:
         for launch in self._active():
             answer = self._daemon.stop_launch(launch["launch_id"])
             assert answer.status == 200, (answer.status, answer.body, launch)
@@ -217,7 +243,7 @@ class Chaos:
     def _make_room(self) -> None:
         """Else a launch would only be refused."""
         if self._random.random() < 0.8:
-            self._stop_all()
+            self._end_all()
 
     def _send_launch(self) -> None:
         with contextlib.suppress(OSError, http.client.HTTPException):  # the daemon may die meanwhile: no answer
@@ -242,10 +268,15 @@ class Chaos:
         self._daemon.kill()
 
     def _kill(self, pid: int | None) -> None:
-        """SIGKILL, if it still is a process of this daemon's launches."""
+        self._signal(pid, signal.SIGKILL)
+
+    def _signal(self, pid: int | None, number: int) -> bool:
+        """Send it, if it still is a process of this daemon's launches."""
         with contextlib.suppress(OSError):
             if pid is not None and f"{self._daemon.state_id}/".encode() in Path(f"/proc/{pid}/environ").read_bytes():
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, number)
+                return True
+        return False
 
     def _pause(self, longest_s: float) -> None:
         time.sleep(self._random.random() * longest_s)
@@ -278,7 +309,8 @@ class Chaos:
             self._seen_ended.add(launch_id)
             failure = by_id[launch_id]["failure"]
             self.figures.ends[failure["class"] if failure else by_id[launch_id]["state"]] += 1
-        problems = [f"accepted launch {key} is forgotten" for key in self._acknowledged - by_id.keys()]
+        newest = set(sorted(self._acknowledged)[-self._newest :])
+        problems = [f"accepted launch {key} is forgotten" for key in newest - by_id.keys()]
         problems += [f"{key} is {by_id[key]['state']}" for key in living if by_id[key]["state"] not in SETTLED]
         problems += self._claim_problems(gpus, by_id, living)
         problems += self._process_problems(by_id, living)

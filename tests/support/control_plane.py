@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from vllm_bootstrap.activity import Activity
 from vllm_bootstrap.api.app import build_api
 from vllm_bootstrap.api.services import Services
 from vllm_bootstrap.auth.guard import Guard
@@ -23,24 +24,29 @@ from vllm_bootstrap.auth.scopes import ALL
 from vllm_bootstrap.auth.sessions import Sessions
 from vllm_bootstrap.auth.types import Principal
 from vllm_bootstrap.engines.base import Gpu
-from vllm_bootstrap.errors import Conflict, NotFound
+from vllm_bootstrap.errors import BadRequest, Conflict, NotFound
+from vllm_bootstrap.gateway.inflight import Inflight, RequestInfo
 from vllm_bootstrap.gpus.ledger import Ledger
 from vllm_bootstrap.gpus.readings import GpuReading, Snapshot
+from vllm_bootstrap.launches import groups
 from vllm_bootstrap.launches.types import (
     ClaimView,
     EventView,
     FailureView,
+    GroupView,
     LaunchOrder,
     LaunchView,
     ProgressView,
     StopOutcome,
 )
 from vllm_bootstrap.metrics import Metrics
+from vllm_bootstrap.scheduler.ports import BudgetReport
 from vllm_bootstrap.serving import Advert, Endpoint, Instance, LoadReport
 from vllm_bootstrap.settings import Settings
 
 NOW = 1_800_000_000.0
 SECRET_LINE = "a prompt in a log line"
+GROUP_ID = f"g{0:020d}"
 
 
 def launch_id(number: int) -> str:
@@ -56,6 +62,11 @@ def view(number: int = 1, **fields: Any) -> LaunchView:
         transitions={"bootstrapping": NOW, "ready": NOW + 1}, progress=None, failure=None, capacity=4,
     )  # fmt: skip
     return replace(base, **fields)
+
+
+def replica(number: int = 1, **fields: Any) -> LaunchView:
+    """One of the launches of a group of two."""
+    return view(number, **{"group_id": GROUP_ID, "group_size": 2, **fields})
 
 
 def failed(number: int = 1) -> LaunchView:
@@ -97,13 +108,29 @@ class FakeLaunches:
         return self.add(view(len(self.views) + 1, model=order.model, state="bootstrapping", owner_id=owner_id))
 
     def get(self, wanted: str) -> LaunchView:
+        if self.group(wanted) is not None:
+            raise BadRequest("Name one of its launches.", param="launch_id")
         if wanted not in self.views:
             raise NotFound(f"No launch {wanted!r}.", param="launch_id")
         return self.views[wanted]
 
-    def list(self, *, include_ended: bool) -> list[LaunchView]:
+    async def launch_group(self, order: LaunchOrder, owner_id: str, idempotency_key: str | None = None) -> GroupView:
+        self.calls.append((order, owner_id, idempotency_key))
+        count = 2 if order.replicas == "per_gpu" else order.replicas
+        for number in range(1, count + 1):
+            self.add(replica(number, model=order.model, state="bootstrapping", owner_id=owner_id, group_size=count))
+        found = self.group(GROUP_ID)
+        assert found is not None
+        return found
+
+    def group(self, wanted: str) -> GroupView | None:
+        members = [v for v in self.views.values() if v.group_id == wanted != v.launch_id]
+        return groups.view_of(wanted, members) if members else None
+
+    def list(self, *, include_ended: bool, group: str | None = None) -> list[LaunchView]:
         found = sorted(self.views.values(), key=lambda v: v.launch_id, reverse=True)
-        return [v for v in found if include_ended or v.state not in {"stopped", "failed"}]
+        shown = [v for v in found if include_ended or v.state not in {"stopped", "failed"}]
+        return [v for v in shown if group in {None, v.group_id}]
 
     async def events(self, wanted: str, after_seq: int, limit: int) -> Any:
         return [row for row in self.rows.get(wanted, []) if row.seq > after_seq][:limit]
@@ -128,15 +155,25 @@ class FakeLaunches:
         return found.state in {"stopped", "failed"} or (attempt or found.attempt) < found.attempt
 
     async def stop(self, wanted: str, *, wait: bool = True, force: bool = False) -> StopOutcome:
+        if (group := self.group(wanted)) is not None:
+            members = [await self.stop(one.launch_id, wait=wait, force=force) for one in group.members]
+            return groups.outcome_of(wanted, members)
         self.calls.append((wanted, wait, force))
         state = "stopped" if wait else self.get(wanted).state
         self.views[wanted] = replace(self.get(wanted), state=state)
         return StopOutcome(wanted, state, force, ("GPU-0",) if force else ())
 
+    async def own_pids(self, _snapshot: Snapshot) -> frozenset[int] | None:
+        return None
+
     async def dropped_log_bytes(self) -> int:
         return 12
 
     async def delete(self, wanted: str) -> None:
+        if (group := self.group(wanted)) is not None:
+            for one in group.members:
+                await self.delete(one.launch_id)
+            return
         if self.get(wanted).state not in {"stopped", "failed"}:
             raise Conflict("It has not ended.", param="launch_id")
         del self.views[wanted]
@@ -145,6 +182,10 @@ class FakeLaunches:
 @dataclass
 class FakeTraffic:
     found: list[Advert] = field(default_factory=list)
+    reports: dict[str, BudgetReport] = field(default_factory=dict)
+
+    def budgets(self) -> dict[str, BudgetReport]:
+        return self.reports
 
     def load(self, _launch_id: str) -> LoadReport:
         return LoadReport({"realtime": 2}, {"batch": 3})
@@ -154,6 +195,34 @@ class FakeTraffic:
 
     def adverts(self) -> list[Advert]:
         return self.found
+
+
+@dataclass
+class FakeRequest:
+    """A request under way that stays until it is cancelled."""
+
+    among: Inflight
+    now: RequestInfo
+
+    def info(self) -> RequestInfo:
+        return self.now
+
+    def cancel(self) -> None:
+        self.among.remove(self.now.id)
+
+    def rights_changed(self) -> None: ...
+
+
+def under_way(services: Services, name: str = "req_1", **fields: Any) -> RequestInfo:
+    """Put a request under way."""
+    base = RequestInfo(
+        id=name, cls="realtime", owner="realtime", model="model", launch_id=launch_id(1), state="running",
+        method="POST", path="/v1/chat/completions", age_s=2.5, queue_ms=7, sequences=1, tokens=12, stream=True,
+    )  # fmt: skip
+    info = base._replace(**fields)
+    assert isinstance(services.requests, Inflight)
+    services.requests.add(info.id, FakeRequest(services.requests, info))
+    return info
 
 
 @dataclass
@@ -194,6 +263,8 @@ def make(keys: Iterable[Key] = (), *, protect_all: bool = False, settings: Mappi
         sessions=sessions,
         supervisor=FakeLaunches(),
         gate=FakeTraffic(),
+        requests=Inflight(),
+        activity=Activity.open(Path("/nowhere"), rows=0),
         inventory=FakeDevices(),
         gpus=FakeGpus(),
         ledger=Ledger(),

@@ -98,6 +98,10 @@ class DaemonProcess:
         given = {PREFIX + name.upper(): str(value) for name, value in own.items() if value is not None}
         return {**env, "HOME": str(self.root), **given}
 
+    def configure(self, **settings: Any) -> None:
+        """Settings for the next start, for example files below ``root``."""
+        self._env |= {PREFIX + name.upper(): str(value) for name, value in settings.items()}
+
     def __enter__(self) -> Self:
         try:
             return self.start()

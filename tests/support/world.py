@@ -43,7 +43,8 @@ def config_for(state: instance.Instance, home: Path, **changes: Any) -> Supervis
         uid=None, gid=None, allow_dangerous_args=(), start_timeout_s=30, start_stall_timeout_s=30, stop_grace_s=3,
         probe_interval_s=0.1, probe_timeout_s=2, unresponsive_after_s=1.0, unhealthy_after_s=30,
         restart_max_attempts=3, restart_backoff_s=0.05, restart_backoff_max_s=0.2, restart_reset_s=600,
-        ended_launches_kept=50, log_segment_bytes=1 << 20, log_max_bytes=1 << 22, ended_logs_max_bytes=1 << 24,
+        ended_launches_kept=50, replicas_max=8,
+        log_segment_bytes=1 << 20, log_max_bytes=1 << 22, ended_logs_max_bytes=1 << 24,
         gpu_busy_bytes=1 << 30, gpu_settle_timeout_s=1, gpu_settle_tolerance_bytes=1 << 20,
     )  # fmt: skip
     return dataclasses.replace(plain, **changes)

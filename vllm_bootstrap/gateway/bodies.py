@@ -29,14 +29,31 @@ REFUSED: Mapping[str, str] = {
 }
 """Top-level fields that no client may set, with the reason. ``chat_template_kwargs`` may not smuggle one of them in."""
 
+_REFUSED_NAMES = frozenset(REFUSED)
+
 OVERWRITTEN = "priority"
-MAX_FIELDS, MAX_CONTAINERS, MAX_SEPARATORS = 1_000, 500_000, 2_000_000
 """Taken away or replaced by the scheduler's own value; never refused, since stock clients may send it."""
+
+USAGE_ON_REQUEST = frozenset({"/v1/chat/completions", "/v1/completions"})
+"""Routes whose streams carry token counts only when ``stream_options`` asks for them."""
+
+MAX_FIELDS, MAX_CONTAINERS, MAX_SEPARATORS = 1_000, 500_000, 2_000_000
 
 _MEMBER = re.compile(r'[ \t\n\r]*"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*')
 _BLANK = re.compile(r"[ \t\n\r]*")
 _NEXT = re.compile(r"[ \t\n\r]*([,}])")
 _decode = json.JSONDecoder().raw_decode
+_size_of_last = [0]
+_MOST_AT_ONCE = 64
+
+
+def _noted(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    _size_of_last[0] = len(members)
+    return dict(members)
+
+
+# Reads in C; of all objects it meets, the outermost is noted last.
+_scan = json.JSONDecoder(object_pairs_hook=_noted).scan_once  # type: ignore[attr-defined]  # the stubs lack it
 
 # The field whose list holds independent prompts, by the last part of the path.
 _PROMPTS = {
@@ -61,7 +78,21 @@ class JsonBody:
     raw: bytes
     text: str
     fields: dict[str, Any] = field(default_factory=dict)
-    spans: dict[str, Span] = field(default_factory=dict)
+    found: dict[str, Span] | None = None
+
+    @property
+    def spans(self) -> dict[str, Span]:
+        """Where each field stands. Looked for when asked the first time: most bodies go on as they came."""
+        if self.found is None:
+            again = JsonBody(self.raw, self.text)
+            _walk(again)
+            self.found = again.found or {}
+        return self.found
+
+    @property
+    def names_urls(self) -> bool:
+        """Whether any member could be called something with ``url`` in it, however it is spelled."""
+        return "url" in self.text or "\\u" in self.text
 
     @property
     def model(self) -> str | None:
@@ -83,7 +114,8 @@ def parse(raw: bytes) -> JsonBody:
         )
     try:
         body = JsonBody(raw, raw.decode())
-        _walk(body)
+        if not _read_at_once(body):
+            _walk(body)
     except UnicodeDecodeError:
         raise InvalidJson("The body is not UTF-8") from None
     except json.JSONDecodeError as exc:
@@ -95,8 +127,25 @@ def parse(raw: bytes) -> JsonBody:
     return body
 
 
+def _read_at_once(body: JsonBody) -> bool:
+    """Read small plain objects without a step in Python for each field. False: ``_walk`` must look, which also finds
+    the words for what is wrong."""
+    text = body.text
+    if not text.startswith("{") or text.count("{") > _MOST_AT_ONCE:
+        return False
+    try:
+        fields, end = _scan(text, 0)
+    except (ValueError, StopIteration, RecursionError):
+        return False
+    if end != len(text) or len(fields) != _size_of_last[0] or len(fields) > MAX_FIELDS:
+        return False
+    body.fields = fields
+    return True
+
+
 def _walk(body: JsonBody) -> None:
     text = body.text
+    spans = body.found = {}
     at = _skip_blank(text, 0)
     if text[at : at + 1] != "{":
         raise InvalidJson("The body must be a JSON object")
@@ -113,7 +162,7 @@ def _walk(body: JsonBody) -> None:
         if len(body.fields) >= MAX_FIELDS:
             raise BadRequest(f"The body has more than {MAX_FIELDS} fields")
         body.fields[name] = value
-        body.spans[name] = (start, value_at, end)
+        spans[name] = (start, value_at, end)
         after = _NEXT.match(text, end)
         if after is None:
             raise json.JSONDecodeError("Expecting ',' or '}'", text, end)
@@ -149,20 +198,49 @@ def _expect_end(text: str, at: int) -> None:
         raise json.JSONDecodeError("Extra data", text, at)
 
 
-def with_member(body: JsonBody, name: str, value: object) -> bytes:
-    """The body's bytes with the top-level member ``name`` set to ``value`` (None: taken out)."""
-    span, text = body.spans.get(name), body.text
-    if value is None:
-        return body.raw if span is None else _without(body, name, span).encode()
-    encoded = json.dumps(value)
-    if span is not None:
-        return (text[: span[1]] + encoded + text[span[2] :]).encode()
-    at = text.index("{") + 1
-    comma = "," if body.fields else ""
-    return f"{text[:at]}{json.dumps(name)}: {encoded}{comma}{text[at:]}".encode()
+class Written(str):
+    """A value that is JSON already."""
+
+    __slots__ = ()
 
 
-def _without(body: JsonBody, name: str, span: Span) -> str:
+def with_members(body: JsonBody, values: Mapping[str, object]) -> bytes:
+    """The body's bytes with top-level members set to ``values`` (None: taken out, which may be said of one)."""
+    edits: list[tuple[int, int, str]] = []
+    added: list[str] = []
+    kept = len(body.fields)
+    for name, value in values.items():
+        span = body.spans[name] if name in body.fields else None
+        if value is None:
+            if span is not None:
+                edits.append((*_extent(body, name, span), ""))
+                kept -= 1
+            continue
+        encoded = value if isinstance(value, Written) else json.dumps(value)
+        if span is not None:
+            edits.append((span[1], span[2], encoded))
+        else:
+            added.append(f"{json.dumps(name)}: {encoded}")
+    if added:
+        at = body.text.index("{") + 1
+        edits.append((at, at, ", ".join(added) + ("," if kept else "")))
+    if not edits:
+        return body.raw
+    return _edited(body.text, sorted(edits)).encode()
+
+
+def _edited(text: str, edits: list[tuple[int, int, str]]) -> str:
+    out: list[str] = []
+    at = 0
+    for start, end, new in edits:
+        out += (text[at:start], new)
+        at = end
+    out.append(text[at:])
+    return "".join(out)
+
+
+def _extent(body: JsonBody, name: str, span: Span) -> tuple[int, int]:
+    """From where to where a member must go so that the rest is still an object."""
     names = list(body.spans)
     index = names.index(name)
     start, _, end = span
@@ -170,14 +248,34 @@ def _without(body: JsonBody, name: str, span: Span) -> str:
         end, _, _ = body.spans[names[index + 1]]
     elif index:  # the last one: from the end of the one before
         _, _, start = body.spans[names[index - 1]]
-    return body.text[:start] + body.text[end:]
+    return start, end
+
+
+def asking_for_usage(body: JsonBody) -> Written | None:
+    """The ``stream_options`` with which a streamed answer of OpenAI's completions ends with the engine's token counts,
+    else as the client wrote them. None: not streamed, asked for already, or nothing an engine would take anyway."""
+    options = body.fields.get("stream_options")
+    if body.fields.get("stream") is not True or not isinstance(options, dict | None):
+        return None
+    if options is None:
+        return Written('{"include_usage": true}')
+    if options.get("include_usage"):
+        return None
+    _, start, end = body.spans["stream_options"]
+    inner = JsonBody(b"", body.text[start:end])
+    _walk(inner)
+    values: dict[str, object] = {"include_usage": True}
+    if options.get("continuous_usage_stats"):  # without include_usage it has no effect, and must have none
+        values["continuous_usage_stats"] = False
+    return Written(with_members(inner, values).decode())
 
 
 def refuse_fields(fields: Mapping[str, Any]) -> None:
     """Raise ``BadRequest`` naming the first field a client may not set."""
-    for name, reason in REFUSED.items():
-        if fields.get(name) is not None:
-            raise BadRequest(f"The field {name!r} may not be set: it {reason}", param=name)
+    if not _REFUSED_NAMES.isdisjoint(fields):
+        for name, reason in REFUSED.items():
+            if fields.get(name) is not None:
+                raise BadRequest(f"The field {name!r} may not be set: it {reason}", param=name)
     nested = fields.get("chat_template_kwargs")
     if isinstance(nested, dict):
         for name in REFUSED:
@@ -191,7 +289,9 @@ def sequences(path: str, fields: Mapping[str, Any]) -> int:
     if not path.endswith("/chat/completions"):
         for key in _PROMPTS.get(path.rpartition("/")[2], ()):
             prompts = max(prompts, _count(fields.get(key)))
-    return prompts * max(_positive(fields.get("n")), _positive(fields.get("best_of")))
+    if "n" in fields or "best_of" in fields:
+        return prompts * max(_positive(fields.get("n")), _positive(fields.get("best_of")))
+    return prompts
 
 
 def _count(value: object) -> int:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 from vllm_bootstrap.auth.guard import ANY_KEY
 from vllm_bootstrap.auth.types import Principal, RequestHead, Rule
 from vllm_bootstrap.errors import ApiError, BadRequest, InternalError, MethodNotAllowed, ModelNotFound, NotFound
-from vllm_bootstrap.gateway import headers, targets
+from vllm_bootstrap.gateway import estimates, headers, sticky, targets
 from vllm_bootstrap.gateway.gateway import Gateway
-from vllm_bootstrap.gateway.head import Head
+from vllm_bootstrap.gateway.head import Head, parse_head
 from vllm_bootstrap.gateway.intake import Intake
 from vllm_bootstrap.gateway.targets import ToLaunch, ToModel
 from vllm_bootstrap.gateway.uploads import Upload
@@ -23,7 +23,8 @@ from vllm_bootstrap.scheduler.gate import ByLaunch, ByModel, Target, Ticket
 from vllm_bootstrap.serving import EngineRoute, Instance, RequestClass
 
 API_VERSION = b"v1"
-_BYTES_PER_TOKEN = 4
+REPLAYED_BYTES = 256 * 1024
+"""Longest body of a batch request that is taken back from an engine to be sent again later."""
 
 
 @dataclass(slots=True)
@@ -37,31 +38,47 @@ class Entry:
 
 
 class Outgoing(NamedTuple):
-    """What is sent to an engine: a head, then ``body`` or the bytes of ``upload``, if any."""
+    """What is sent to an engine: a head, then ``body`` or the bytes of ``upload``, if any. ``adds_usage``: it asks for
+    a usage event that the client has not asked for."""
 
     head: bytes
     body: bytes | None = None
     upload: Upload | None = None
+    adds_usage: bool = False
 
 
 def admit(gateway: Gateway, head: Head, target: ToModel | ToLaunch) -> Entry:
     """Let a request in or raise ``ApiError`` (400, 401, 403, 404, 405, 409, 415, 421, 503)."""
+    memory = head.memory
+    if memory is not None:  # it has no key in its headers
+        if gateway.guard.readmit(memory.permit) is not None:
+            known: Entry = memory.entry
+            return known
+        head = parse_head(head.raw, gateway.head_limits)
     if isinstance(target, ToModel):
         entry = _admit_by_model(gateway, head, target)
     else:
         entry = _admit_by_launch(gateway, head, target)
     _check_shape(head, entry.route)
+    if entry.launch is None and entry.route.inference:  # else it depends on more than head and key
+        permit = gateway.guard.remember(_head_for_guard(head), entry.principal)
+        if permit is not None:
+            gateway.heads.remember(head, target, entry, permit)
     return entry
 
 
 def _admit_by_model(gateway: Gateway, head: Head, target: ToModel) -> Entry:
-    route = targets.BY_MODEL.get(target.path)
+    route = targets.BY_MODEL.get(target.path) or targets.stateful(target.path)
     if route is None or route.method != head.method:
         _principal(gateway, head, ANY_KEY)
         if route is None:
             raise NotFound(f"There is no route {head.method} {target.path}")
         raise MethodNotAllowed(f"{target.path} takes {route.method} only")
-    return Entry(_principal(gateway, head, targets.rule_of(route)), route, target.path, None)
+    principal = _principal(gateway, head, targets.rule_of(route))
+    launch = None
+    if route in targets.STATEFUL:
+        launch = ByLaunch(gateway.responses.find(sticky.named_in(target.path), principal.name))
+    return Entry(principal, route, target.path, launch)
 
 
 def _admit_by_launch(gateway: Gateway, head: Head, target: ToLaunch) -> Entry:
@@ -71,7 +88,17 @@ def _admit_by_launch(gateway: Gateway, head: Head, target: ToLaunch) -> Entry:
     gateway.gate.instance(launch, principal)  # what state a launch is in is told to those only who may use its model
     if route is None:
         raise NotFound(f"The engine of {target.id} may not be asked for {head.method} {target.path}")
+    if targets.stateful(target.path) is not None:
+        launch = _maker(gateway, sticky.named_in(target.path), principal, launch)
     return Entry(principal, route, target.path, launch)
+
+
+def _maker(gateway: Gateway, response_id: str, principal: Principal, asked: ByLaunch) -> ByLaunch:
+    """The launch that made a response, which must be the one that was asked, or of its group."""
+    made_by = ByLaunch(gateway.responses.find(response_id, principal.name))
+    if made_by != asked and gateway.gate.instance(made_by, principal).group_id != asked.id:
+        raise NotFound(f"There is no response {response_id!r} on {asked.id}", param="response_id")
+    return made_by
 
 
 def _route_of(gateway: Gateway, launch: ByLaunch, method: str, path: str) -> EngineRoute | None:
@@ -82,10 +109,24 @@ def _route_of(gateway: Gateway, launch: ByLaunch, method: str, path: str) -> Eng
 
 
 def _principal(gateway: Gateway, head: Head, rule: Rule) -> Principal:
-    principal = gateway.guard.admit(RequestHead(head.method, head.path, tuple(head.headers), head.query), rule)
+    principal = gateway.guard.admit(_head_for_guard(head), rule)
     if principal is None:  # only a public rule gives none, and the data plane has no public routes
         raise InternalError("A data-plane route has no rule")
     return principal
+
+
+def _head_for_guard(head: Head) -> RequestHead:
+    return RequestHead(head.method, head.path, tuple(head.headers), head.query)
+
+
+def known_key(gateway: Gateway, head: Head) -> Principal | None:
+    """Whose key a refused request carries, None when it carries none that is valid."""
+    try:
+        if head.memory is not None:
+            head = parse_head(head.raw, gateway.head_limits)
+        return _principal(gateway, head, ANY_KEY)
+    except ApiError:
+        return None
 
 
 def _check_shape(head: Head, route: EngineRoute) -> None:
@@ -98,16 +139,27 @@ def _check_shape(head: Head, route: EngineRoute) -> None:
         raise BadRequest("The only API version is 'v1'", param="x-api-version")
 
 
-def target_of(entry: Entry, head: Head, intake: Intake) -> Target:
-    """Whom the scheduler is asked for, now that the body is known. Raises ``BadRequest`` or ``ModelNotFound``."""
-    model = targets.model_in_query(head) if entry.route.websocket else intake.model
-    if entry.launch is None:
-        if model is None:
-            raise BadRequest("The request must name a model", param="model")
+def target_of(gateway: Gateway, entry: Entry, model: str | None, head: Head, intake: Intake) -> Target:
+    """Whom the scheduler is asked for, now that the body is known. Raises ``BadRequest`` or ``NotFound``."""
+    principal = entry.principal
+    if entry.launch is None and model is None:
+        raise BadRequest("The request must name a model", param="model")
+    before = sticky.named_before(entry.path, intake.fields)
+    if before is None and entry.launch is None and model is not None:
         return ByModel(model, (head.method, entry.path))
-    if model is not None and not entry.principal.may_use(model):
+    if model is not None and not principal.may_use(model):
         raise ModelNotFound(f"The model {model!r} does not exist or this key may not use it", param="model")
-    return entry.launch
+    if before is None:
+        assert entry.launch is not None  # noqa: S101 - else it went by its model
+        return entry.launch
+    if entry.launch is None:
+        return ByLaunch(gateway.responses.find(before, principal.name))
+    return _maker(gateway, before, principal, entry.launch)
+
+
+def model_of(entry: Entry, head: Head, intake: Intake) -> str | None:
+    """The model a request names. Raises ``BadRequest`` when it is no string."""
+    return targets.model_in_query(head) if entry.route.websocket else intake.model
 
 
 def ticket_of(entry: Entry, head: Head, intake: Intake, body_bytes: int) -> Ticket:
@@ -115,7 +167,16 @@ def ticket_of(entry: Entry, head: Head, intake: Intake, body_bytes: int) -> Tick
     principal = entry.principal
     cls = targets.request_class(principal, head.first(b"x-priority"), intake.fields.get("service_tier"))
     sequences = intake.sequences(entry.path, principal.max_sequences)
-    return Ticket(principal.name, cls, sequences, body_bytes // _BYTES_PER_TOKEN, principal)
+    return Ticket(
+        principal.name,
+        cls,
+        sequences,
+        estimates.prompt_tokens(body_bytes, intake.text),
+        principal,
+        output_tokens=estimates.output_tokens(entry.path, intake.fields, sequences),
+        body_bytes=body_bytes,
+        replayable=cls == "batch" and intake.in_memory > 0 and body_bytes <= REPLAYED_BYTES,
+    )
 
 
 def render(
@@ -127,8 +188,8 @@ def render(
     cls = cls or "realtime"
     if entry.route.websocket:
         return Outgoing(headers.handshake_to_engine(head, entry.path, instance, request_id=request_id, cls=cls))
-    body = intake.render(instance, cls)
+    body = intake.render(instance, cls, entry.path)
     upload = intake.upload
     length = upload.size if upload is not None else None if body is None else len(body)
     begin = headers.to_engine(head, entry.path, instance, body_length=length, request_id=request_id, cls=cls)
-    return Outgoing(begin, body, upload)
+    return Outgoing(begin, body, upload, intake.adds_usage)

@@ -1,12 +1,14 @@
 """One request's journey through the data plane: admitted, read, queued, sent, relayed, over.
 
-Invariant: whatever happens at any stage (client gone, engine gone, deadline, refusal, the daemon closing), ``_end``
-runs exactly once: the place in the scheduler is given back, the engine's connection is released or closed at once,
-what was held in memory or files is freed, one record is left. An engine gets a request once; a second time only when
-a reused connection turns out to have been closed before any byte of an answer.
+Invariant: whatever happens at any stage (client gone, engine gone, deadline, refusal, cancelled from outside, place
+taken back, the daemon closing), ``_end`` runs exactly once: the place in the scheduler is given back, the engine's
+connection is released or closed at once, what was held in memory or files is freed, one record is left. An engine gets
+a request once; a second time only when a reused connection turns out to have been closed before any byte of an answer.
+Another engine gets it only when this one could not be connected to, or when the scheduler took the place back before
+the answer had begun.
 
-Stages go forward only: reading, queued, connecting, waiting, relaying or tunnel, over. Must not know: parsing of
-heads, framing towards the client, how slots are given out.
+Stages go forward only, but for a place that is lost: reading, queued, connecting, waiting, relaying or tunnel, over.
+Must not know: parsing of heads, framing towards the client, how slots are given out.
 """
 
 from __future__ import annotations
@@ -15,28 +17,33 @@ import asyncio
 import math
 import time
 from enum import IntEnum
+from typing import Literal
 
 from vllm_bootstrap.errors import (
     ApiError,
+    Cancelled,
     Draining,
-    Unavailable,
+    Forbidden,
+    Unauthorized,
     UpstreamError,
     UpstreamTimeout,
 )
-from vllm_bootstrap.gateway import headers, targets, transfer, websocket
-from vllm_bootstrap.gateway.entry import Entry, Outgoing, admit, render, target_of, ticket_of
+from vllm_bootstrap.gateway import headers, sticky, targets, websocket
+from vllm_bootstrap.gateway.entry import Entry, admit, known_key, model_of, render, target_of, ticket_of
+from vllm_bootstrap.gateway.errand import Errand
 from vllm_bootstrap.gateway.gateway import Gateway
 from vllm_bootstrap.gateway.head import Head, Headers
-from vllm_bootstrap.gateway.intake import Intake, make_intake
-from vllm_bootstrap.gateway.limits import RequestRecord
-from vllm_bootstrap.gateway.pool import Dial, Pool
+from vllm_bootstrap.gateway.inflight import RequestInfo, State
+from vllm_bootstrap.gateway.intake import make_intake
+from vllm_bootstrap.gateway.journey import Journey
+from vllm_bootstrap.gateway.mishaps import Mishaps
+from vllm_bootstrap.gateway.place import Place
+from vllm_bootstrap.gateway.reading import Reading
 from vllm_bootstrap.gateway.relay import Client, Relay
 from vllm_bootstrap.gateway.upstream import STALE_WITHIN_S, UpstreamConnection
-from vllm_bootstrap.scheduler.gate import Lease, Pending
-from vllm_bootstrap.serving import Instance, RequestClass
+from vllm_bootstrap.serving import Instance
 
 CLIENT_GONE = 499
-_JOINED_BYTES = 16 * 1024  # up to this size a copy is cheaper than a second write
 
 
 class Stage(IntEnum):
@@ -51,41 +58,32 @@ class Stage(IntEnum):
 
 # As plain names: looking a member up on its class costs more than a chunk's bookkeeping.
 READING, QUEUED, CONNECTING, WAITING, RELAYING, TUNNEL, OVER = Stage
+_STATES: tuple[State, ...] = ("reading", "queued", "running", "running", "running", "running", "running")
 
 
-class Exchange:
+class Exchange(Mishaps):
     """Made for one request by the client's connection, which calls ``start``, ``on_body``…, ``on_body_end`` and then
     whatever happens to it. All methods are safe to call once it is over."""
 
     _stage = READING
-    _active = _body_ended = _retried = False
-    _sent_all = True
-    _bytes_in = _reserved = _queue_ms = 0
+    _active = _began = _retried = False
     _deadline = math.inf
-    _granted_at = 0.0
-    _first_byte_at: float | None = None
     _entry: Entry | None = None
-    _intake: Intake | None = None
-    _instance: Instance | None = None
-    _cls: RequestClass | None = None
-    _pending: Pending | None = None
-    _lease: Lease | None = None
+    _reading: Reading | None = None
     _connection: UpstreamConnection | None = None
     _tunnel: websocket.Tunnel | None = None
-    _dial: Dial | None = None
-    _spooling: transfer.Transfer | None = None
-    _sending: transfer.Sending | None = None
-    _outgoing: Outgoing | None = None
-    _upstream_id: str | None = None
+    _keeps_response = False
 
     def __init__(
         self, gateway: Gateway, client: Client, head: Head, target: targets.ToModel | targets.ToLaunch
     ) -> None:
         self._gateway, self._client, self._head, self._target = gateway, client, head, target
         self._loop = asyncio.get_running_loop()
-        self._started_at = time.monotonic()  # the loop's time stands still within an iteration
-        self._relay = Relay(client, head)
         self.request_id = headers.valid_request_id(head.first(b"x-request-id")) or gateway.new_request_id()
+        self._journey = Journey(self.request_id, head)
+        self._place = Place(gateway.gate, self)
+        self._errand = Errand(gateway, self, head)
+        self._relay = Relay(client, head)
 
     # Reading
 
@@ -95,139 +93,116 @@ class Exchange:
             if self._gateway.draining:
                 raise Draining("The daemon is stopping", retry_after=5)
             self._entry = entry = admit(self._gateway, self._head, self._target)
-            self._intake = make_intake(self._head, entry.route, self._gateway.limits, self._gateway.spool_dir)
+            self._journey.owner = entry.principal.name
+            self._journey.id = self._gateway.inflight.add(self.request_id, self)
+            intake = make_intake(self._head, entry.route, self._gateway.limits, self._gateway.spool_dir)
         except ApiError as error:
             self.fail(error)
             return
+        self._reading = Reading(self._gateway, self._client, intake, self._read)
         if self._head.expects_continue and self._head.has_body:
             self._client.transport.write(headers.CONTINUE)
 
     def on_body(self, piece: bytes) -> None:
-        intake = self._intake
-        if self._stage is not READING or intake is None:
-            return
-        self._bytes_in += len(piece)
-        try:
-            intake.feed(piece)
-            self._reserve(intake.in_memory - self._reserved)
-        except ApiError as error:
-            self.fail(error)
-            return
-        if intake.upload is not None and intake.upload.is_full and self._spooling is None:
-            self._client.pause_reading()
-            self._spooling = transfer.to_disk(intake.upload, self._spooled)
-
-    def _spooled(self, problem: ApiError | None) -> None:
-        self._spooling = None
-        if problem is not None:
-            self.fail(problem)
-            return
-        self._client.resume_reading()
-        if self._body_ended:
-            self._dispatch()
-
-    def _reserve(self, size: int) -> None:
-        self._reserved += size
-        self._gateway.body_bytes += size
-        if self._gateway.body_bytes > self._gateway.limits.body_budget_bytes:
-            raise Unavailable("Too many large requests are under way", retry_after=1)
+        if self._reading is not None:
+            self._reading.feed(piece)
 
     def on_body_end(self) -> None:
         """The body is whole (also for a request without one)."""
-        self._body_ended = True
-        if self._stage is READING and self._spooling is None and self._intake is not None:
-            self._dispatch()
+        if self._reading is not None:
+            self._reading.end()
 
     # Queueing
 
-    def _dispatch(self) -> None:
-        entry, intake = self._entry, self._intake
-        assert entry is not None  # noqa: S101 - set before the body is read
-        assert intake is not None  # noqa: S101
+    def _read(self, problem: ApiError | None) -> None:
+        """The body is whole, or cannot be taken."""
         try:
-            intake.finish()
-            target = target_of(entry, self._head, intake)
-            if not entry.route.inference:
-                self._granted(self._gateway.gate.instance(target, entry.principal))
-                return
-            ticket = ticket_of(entry, self._head, intake, self._bytes_in)
-            self._cls = ticket.cls
-            got = self._gateway.gate.request(target, ticket)
+            if problem is not None:
+                raise problem
+            self._dispatch()
         except ApiError as error:
             self.fail(error)
-            return
-        if isinstance(got, Lease):
-            self._on_outcome(got)
-            return
-        self._stage, self._pending = QUEUED, got
-        got.notify = self._on_outcome
 
-    def _on_outcome(self, outcome: Lease | ApiError) -> None:
-        self._pending = None
-        if isinstance(outcome, ApiError):
-            self.fail(outcome)
+    def _dispatch(self) -> None:
+        entry, reading, journey = self._entry, self._reading, self._journey
+        assert entry is not None  # noqa: S101 - set before the body is read
+        assert reading is not None  # noqa: S101
+        intake = reading.intake
+        intake.finish()
+        journey.bytes_in = reading.bytes_in
+        journey.model = model = model_of(entry, self._head, intake)
+        target = target_of(self._gateway, entry, model, self._head, intake)
+        if not entry.route.inference:
+            self._go(self._gateway.gate.instance(target, entry.principal))
             return
-        self._lease = outcome
-        self._queue_ms = outcome.queue_ms
+        journey.stream = intake.fields.get("stream") is True
+        journey.ticket = ticket = ticket_of(entry, self._head, intake, reading.bytes_in)
+        self._keeps_response = sticky.is_kept(entry.path, intake.fields)
+        self._wait()
+        self._place.ask(target, ticket)
+
+    def _wait(self) -> None:
+        self._stage = QUEUED
+        self._journey.queued_at = time.monotonic()
+
+    # From the place
+
+    def on_place(self, instance: Instance) -> None:
+        """It is this request's turn."""
+        self._journey.queue_ms = self._place.queue_ms
         try:
-            self._granted(outcome.instance)
+            self._go(instance)
         except ApiError as error:
             self.fail(error)
+
+    def on_no_place(self, error: ApiError) -> None:
+        """It will not be its turn."""
+        self.fail(error)
+
+    def on_revoked(self) -> None:
+        """The place is needed for others; the answer has not begun."""
+        if self._connection is not None:
+            self._connection.abort()
+        self._move("revoked")
+
+    def _move(self, why: Literal["revoked", "unreachable"], problem: ApiError | None = None) -> None:
+        """Leave this engine and wait for another place. ``problem``: what to say where there is none."""
+        self._connection = None
+        self._errand.cancel()
+        self._deadline = math.inf
+        self._wait()
+        try:
+            self._place.again(why)
+        except ApiError as error:
+            self.fail(problem or error)
 
     # Sending
 
-    def _granted(self, instance: Instance) -> None:
+    def _go(self, instance: Instance) -> None:
         """There is a place. Raises ``ApiError`` when this engine cannot take this request after all."""
-        entry, intake = self._entry, self._intake
+        entry, reading, journey = self._entry, self._reading, self._journey
         assert entry is not None  # noqa: S101
-        assert intake is not None  # noqa: S101
-        self._instance = instance
-        self._granted_at = time.monotonic()
-        self._upstream_id = self._gateway.claim_upstream_id(self.request_id)
-        self._outgoing = render(self._head, entry, intake, instance, self._cls, self._upstream_id)
-        pool = self._gateway.pool(instance)
-        connection = pool.take(self._loop.time())
-        if connection is None:
-            self._connect(pool)
-        else:
-            self._send(connection)
-
-    def _connect(self, pool: Pool) -> None:
+        assert reading is not None  # noqa: S101
+        journey.granted(instance)
+        cls = journey.ticket.cls if journey.ticket is not None else None
+        outgoing = render(self._head, entry, reading.intake, instance, cls, journey.id)
         self._stage = CONNECTING
-        self._dial = pool.dial(self._connected)
+        self._errand.go(instance, outgoing, upgrade=entry.route.websocket)
 
-    def _connected(self, outcome: UpstreamConnection | ApiError) -> None:
-        self._dial = None
-        if isinstance(outcome, ApiError):
-            self.fail(outcome)
-        else:
-            self._send(outcome)
-
-    def _send(self, connection: UpstreamConnection) -> None:
-        outgoing, head = self._outgoing, self._head
-        assert outgoing is not None  # noqa: S101 - kept until an answer begins
-        now = self._loop.time()
+    def on_sending(self, connection: UpstreamConnection, now: float) -> None:
+        """It is on its way to the engine."""
         self._stage, self._connection = WAITING, connection
         self._deadline = now + self._gateway.limits.upstream_first_byte_timeout_s
-        is_handshake = self._entry is not None and self._entry.route.websocket
-        body = outgoing.body or b""
-        first = outgoing.head + body if len(body) <= _JOINED_BYTES else outgoing.head
-        connection.start(self, first, now=now, head_only=head.method == "HEAD", upgrade=is_handshake)
-        if len(body) > _JOINED_BYTES:
-            connection.write(body)
-        if outgoing.upload is not None:
-            self._sent_all = False
-            self._sending = transfer.Sending(outgoing.upload, connection, self._sent)
 
-    def _sent(self, problem: ApiError | None) -> None:
-        self._sending = None
-        self._sent_all = problem is None
-        if problem is not None:
-            self.fail(problem)
+    def on_unreachable(self, error: ApiError) -> None:
+        """The engine could not be connected to; nothing was sent."""
+        if self._place.may_fail_over:
+            self._move("unreachable", error)
+        else:
+            self.fail(error)
 
     def on_upstream_writable(self) -> None:
-        if self._sending is not None:
-            self._sending.on_writable()
+        self._errand.on_writable()
 
     # Receiving
 
@@ -238,32 +213,61 @@ class Exchange:
             if connection.status == 101:
                 self._open_tunnel(connection)
                 return
+            if self._may_be_revoked(connection):
+                return
             lead = self._begin(connection)
+        if not self._began and connection.parts:
+            self._first_byte()
         self._relay.deliver(connection, lead)
         if connection.complete:
             self._complete(connection)
 
+    def _may_be_revoked(self, connection: UpstreamConnection) -> bool:
+        """Engines send a stream's head at once and its first token when they get to it. Until then the place can be
+        taken back without the client seeing anything, if the head waits here."""
+        ticket = self._journey.ticket
+        waits = ticket is not None and ticket.replayable and connection.status == 200
+        return waits and not connection.parts and not connection.complete
+
     def _begin(self, connection: UpstreamConnection) -> bytes:
         """The answer begins: from here on nothing is sent again, and nothing need be kept for it."""
         self._stage = RELAYING
-        self._first_byte_at = time.monotonic()
         self._deadline = self._loop.time() + self._gateway.limits.upstream_idle_timeout_s
-        self._outgoing = None
-        if self._sent_all:
-            self._drop_body()
-        return self._relay.begin(connection, self._own_headers())
+        outgoing = self._errand.outgoing
+        drops_usage = outgoing is not None and outgoing.adds_usage
+        self._errand.forget()
+        if self._errand.sent_all and self._reading is not None:
+            self._reading.drop()
+        on_id = self._remember if self._keeps_response else None
+        relay, journey = self._relay, self._journey
+        lead = relay.begin(connection, self._own_headers(), drops_usage=drops_usage, on_id=on_id)
+        journey.tap, journey.stream = relay.tap, relay.is_events
+        return lead
+
+    def _first_byte(self) -> None:
+        self._began = True
+        self._journey.first_byte_at = time.monotonic()
+        self._place.first_byte(streamed=self._relay.is_events)
+
+    def _remember(self, response_id: str) -> None:
+        """The engine may keep this answer: later requests that name it go there."""
+        journey = self._journey
+        if journey.instance is not None and journey.owner is not None:
+            self._gateway.responses.remember(response_id, journey.instance.launch_id, journey.owner)
 
     def _own_headers(self) -> Headers:
-        launch_id = self._instance.launch_id if self._instance is not None else ""
-        return headers.own_headers(self.request_id, launch_id, self._queue_ms) + self._rate_headers()
+        journey = self._journey
+        launch_id = journey.instance.launch_id if journey.instance is not None else ""
+        return headers.own_headers(self.request_id, launch_id, journey.queue_ms) + self._rate_headers()
 
     def _rate_headers(self) -> Headers:
-        rate = self._gateway.gate.rate(self._entry.principal) if self._entry is not None else None
+        principal = self._entry.principal if self._entry is not None else known_key(self._gateway, self._head)
+        rate = self._gateway.gate.rate(principal) if principal is not None else None
         return list(rate.headers()) if rate is not None else []
 
     def _complete(self, connection: UpstreamConnection) -> None:
         self._connection = None
-        if self._sent_all:
+        if self._errand.sent_all:
             connection.release(self._loop.time())
         else:
             connection.abort()  # it answered before it had the whole request: what follows would be misread
@@ -273,11 +277,12 @@ class Exchange:
     def on_broken(self, connection: UpstreamConnection, reason: str) -> None:
         now = self._loop.time()
         stale = connection.used_before and connection.silent and now - connection.started_at < STALE_WITHIN_S
-        if self._stage is WAITING and stale and not self._retried and self._instance is not None:
+        instance = self._journey.instance
+        if self._stage is WAITING and stale and not self._retried and instance is not None:
             self._retried = True
             self._connection = None
-            self._cancel_work()
-            self._connect(self._gateway.pool(self._instance))
+            self._stage = CONNECTING
+            self._errand.again(instance)
             return
         self.fail(UpstreamError(f"The engine {reason} before its answer was complete"))
 
@@ -288,8 +293,8 @@ class Exchange:
             self.fail(UpstreamError("The engine did not accept the websocket handshake"))
             return
         self._stage = TUNNEL
-        self._first_byte_at = time.monotonic()
-        self._outgoing = None
+        self._first_byte()
+        self._errand.forget()
         lead = headers.handshake_to_client(connection.headers, self._own_headers())
         self._tunnel = websocket.Tunnel(self._client, connection, self._tunnel_over)
         self._tunnel.open(lead)
@@ -327,13 +332,37 @@ class Exchange:
                 self._deadline = now + self._gateway.limits.upstream_idle_timeout_s
             elif now >= self._deadline:
                 self.fail(UpstreamTimeout("The engine sent nothing for too long"))
+        elif self._stage is QUEUED and self._entry is not None and self._entry.principal.expires_at is not None:
+            self.rights_changed()
 
     def stop(self) -> None:
         """The daemon closes."""
+        self._finish(Draining("The daemon is stopping", retry_after=5))
+
+    # From the registry of what is under way
+
+    def info(self) -> RequestInfo:
+        """What is known of it now."""
+        return self._journey.info(_STATES[self._stage])
+
+    def cancel(self) -> None:
+        """Ended from outside."""
+        self._finish(Cancelled("The request was cancelled"))
+
+    def rights_changed(self) -> None:
+        """Its key may have been revoked: what has not begun ends, what runs only if the operator wants that."""
+        guard, entry = self._gateway.guard, self._entry
+        if entry is None or guard.still_allows(entry.principal):
+            return
+        if self._stage <= QUEUED or self._gateway.limits.revoked_keys_cut_streams:
+            gone = not guard.knows(entry.principal)
+            self._finish(Unauthorized() if gone else Forbidden("The rights of this key were changed meanwhile"))
+
+    def _finish(self, error: ApiError) -> None:
         if self._tunnel is not None and self._stage is TUNNEL:
             self._tunnel.close()
         else:
-            self.fail(Draining("The daemon is stopping", retry_after=5))
+            self.fail(error)
 
     # The end
 
@@ -343,58 +372,27 @@ class Exchange:
             return
         if self._connection is not None:
             self._connection.abort()
-        own = self._rate_headers()
         begun = self._relay.begun
         self._end(self._relay.status if begun else error.status, error.code)
         if begun:
             self._relay.fail(error)
         else:
-            self._client.answer_error(error, self.request_id, own)
+            self._client.answer_error(error, self.request_id, self._rate_headers())
 
     def _end(self, status: int, code: str | None) -> None:
+        journey, reading, tunnel = self._journey, self._reading, self._tunnel
+        worked = self._stage >= WAITING and not (self._relay.begun and self._relay.status >= 400)
         self._stage = OVER
         self._connection = None
-        self._cancel_work()
-        if self._pending is not None:
-            self._pending.cancel()
-            self._pending = None
-        if self._lease is not None:
-            self._lease.release()
-        if self._upstream_id is not None:
-            self._gateway.free_upstream_id(self._upstream_id)
-        self._drop_body()
-        self._gateway.record(self._record(status, code))
-
-    def _cancel_work(self) -> None:
-        for work in (self._dial, self._spooling, self._sending):
-            if work is not None:
-                work.cancel()
-        self._dial = self._spooling = self._sending = None
-
-    def _drop_body(self) -> None:
-        self._gateway.body_bytes -= self._reserved
-        self._reserved = 0
-        self._outgoing = None
-        if self._intake is not None:
-            self._intake.close()
-
-    def _record(self, status: int, code: str | None) -> RequestRecord:
-        entry, instance, tunnel = self._entry, self._instance, self._tunnel
-        duration = time.monotonic() - self._started_at
-        return RequestRecord(
-            self.request_id,
-            self._head.method,
-            self._head.path,
-            status,
-            code,
-            entry.principal.name if entry is not None else None,
-            instance.served_names[0] if instance is not None and instance.served_names else None,
-            instance.launch_id if instance is not None else None,
-            self._cls,
-            self._queue_ms,
-            time.time() - duration,
-            duration,
-            None if self._first_byte_at is None else self._first_byte_at - self._granted_at,
-            self._bytes_in + (tunnel.bytes_in if tunnel is not None else 0),
-            self._relay.bytes_out + (tunnel.bytes_out if tunnel is not None else 0),
-        )
+        self._errand.cancel()
+        self._errand.forget()
+        self._place.leave(journey.spent(), worked=worked)
+        if journey.id:
+            self._gateway.inflight.remove(journey.id)
+        if reading is not None:
+            journey.bytes_in = reading.bytes_in
+            reading.stop()
+            reading.drop()
+        in_tunnel, out_tunnel = (tunnel.bytes_in, tunnel.bytes_out) if tunnel is not None else (0, 0)
+        bytes_out = self._relay.bytes_out + out_tunnel
+        self._gateway.record(journey.record(status, code, more_in=in_tunnel, bytes_out=bytes_out))

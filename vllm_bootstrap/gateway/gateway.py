@@ -20,13 +20,17 @@ from pathlib import Path
 from typing import Protocol
 
 from vllm_bootstrap.auth.guard import Guard
+from vllm_bootstrap.gateway.access_log import AccessLog
+from vllm_bootstrap.gateway.familiar import FamiliarHeads
+from vllm_bootstrap.gateway.inflight import Inflight
 from vllm_bootstrap.gateway.limits import GatewayLimits, RequestRecord
 from vllm_bootstrap.gateway.pool import Pool
+from vllm_bootstrap.gateway.revive import Reviver
+from vllm_bootstrap.gateway.sticky import Responses
 from vllm_bootstrap.scheduler.gate import Gate
 from vllm_bootstrap.serving import Instance
 
 _log = logging.getLogger(__name__)
-_access = logging.getLogger("vllm_bootstrap.access")
 
 
 class Connection(Protocol):
@@ -63,9 +67,14 @@ class Gateway:
         self.gate = gate
         self.limits = limits or GatewayLimits()
         self.head_limits = self.limits.head
+        self.heads = FamiliarHeads(self.head_limits)
+        self._access_log = AccessLog()
         self.spool_dir = spool_dir or Path(tempfile.gettempdir())
         self.on_record = on_record
         self.draining = False
+        self.inflight = Inflight()
+        self.responses = Responses()
+        self.reviver = Reviver(gate)
         self.body_bytes = 0
         self.connections: dict[Connection, None] = {}
         self.idle: dict[Connection, None] = {}  # in the order in which they became idle
@@ -74,8 +83,8 @@ class Gateway:
         self._sweeper: asyncio.TimerHandle | None = None
         self._ids = itertools.count(1)
         self._id_prefix = f"req_{int(time.time()):x}{os.urandom(4).hex()}"
-        self._in_use: set[str] = set()
         gate.on_withdrawn(self._drop_pool)
+        guard.on_change(self.inflight.rights_changed)
 
     # Client connections
 
@@ -124,32 +133,16 @@ class Gateway:
     def new_request_id(self) -> str:
         return f"{self._id_prefix}{next(self._ids):06x}"
 
-    def claim_upstream_id(self, request_id: str) -> str:
-        """The id an engine is told: the client's, unless another request with the same one is under way (engines mix
-        up requests of equal ids). Give it back with ``free_upstream_id``."""
-        upstream_id = request_id
-        while upstream_id in self._in_use:
-            upstream_id = f"{request_id}-{next(self._ids):x}"
-        self._in_use.add(upstream_id)
-        return upstream_id
-
-    def free_upstream_id(self, upstream_id: str) -> None:
-        self._in_use.discard(upstream_id)
-
     # Records
 
     def record(self, record: RequestRecord) -> None:
         """Leave a request's record: to the access log and to ``on_record``."""
-        if _access.isEnabledFor(logging.INFO):
-            code = f" {record.code}" if record.code else ""
-            line = (
-                f"{record.request_id} {record.method} {record.path} -> {record.status}{code} "
-                f"in {record.duration_s:.3f} s, owner {record.owner}, launch {record.launch_id}"
-            )
-            # Not info(): looking through the stack for the caller costs as much as the rest.
-            _access.handle(logging.LogRecord(_access.name, logging.INFO, "", 0, line, None, None))
+        self._access_log.add(record)
         if self.on_record is not None:
-            self.on_record(record)
+            try:
+                self.on_record(record)
+            except Exception:  # noqa: BLE001 - a request must end even if nobody can count it
+                _log.exception("the record of a request was not taken")
 
     # Deadlines
 
@@ -184,9 +177,11 @@ class Gateway:
         self.draining = True
         for connection in list(self.connections):
             connection.stop()
+        self.reviver.close()
         for pool in self._pools.values():
             pool.close()
         self._pools.clear()
+        self._access_log.flush()
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None

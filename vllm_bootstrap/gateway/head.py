@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from vllm_bootstrap.errors import ApiError, BadRequest, HeadersTooLarge, MethodNotAllowed
 
@@ -55,6 +56,7 @@ class Head:
     (percent-encoding kept), ``query`` without the question mark. ``content_length`` is None without one.
     ``keep_alive`` is the client's wish. ``upgrade`` is the lower-case protocol of a well-formed upgrade. ``raw`` is the
     head for llhttp: as it came, but without an upgrade, which would end the request there and leave its body over.
+    ``memory`` is what ``familiar`` knows of an earlier head that was the same.
     """
 
     method: str
@@ -69,6 +71,7 @@ class Head:
     upgrade: bytes | None = None
     raw: bytes = field(default=b"", repr=False)
     _fields: dict[bytes, bytes] | None = field(default=None, repr=False)
+    memory: Any = field(default=None, repr=False)
 
     @property
     def has_body(self) -> bool:

@@ -80,23 +80,37 @@ def to_engine(
     head: Head, path: str, instance: Instance, *, body_length: int | None, request_id: str, cls: RequestClass
 ) -> bytes:
     """The head to send to an engine. ``body_length`` None: a request without a body."""
-    endpoint = instance.endpoint
-    out = [_request_line(head, path, endpoint), *_own_headers(endpoint, request_id)]
+    memory = head.memory
+    known = memory.rendered.get((instance.launch_id, cls)) if memory is not None else None
+    if known is None or known[0] is not instance:
+        known = (instance, *_around_the_id(head, path, instance, cls))
+        if memory is not None:
+            memory.rendered[instance.launch_id, cls] = known
+    _, before, between, after = known
+    if body_length is None:
+        return b"%b%b%b%b" % (before, request_id.encode("ascii"), between, after)
+    return b"%b%b%bcontent-length: %d\r\n%b" % (before, request_id.encode("ascii"), between, body_length, after)
+
+
+def _around_the_id(head: Head, path: str, instance: Instance, cls: RequestClass) -> tuple[bytes, bytes, bytes]:
+    """What of a head to an engine is the same for every request with this head: up to the request's id, up to the
+    body's length, and the rest."""
+    between = [b"\r\n", *_credential(instance.endpoint)]
     if instance.priority_header:
-        out.append(b"x-vllm-priority: %d\r\n" % priority(cls))
-    if body_length is not None:
-        out.append(b"content-length: %d\r\n" % body_length)
+        between.append(b"x-vllm-priority: %d\r\n" % priority(cls))
+    after: list[bytes] = []
     dropped = connection_options(head.headers)
     for name, value in head.headers:
         if name not in dropped and _may_pass(name):
-            out += (name, b": ", value, b"\r\n")
-    out.append(b"\r\n")
-    return b"".join(out)
+            after += (name, b": ", value, b"\r\n")
+    after.append(b"\r\n")
+    return _beginning(head, path, instance.endpoint), b"".join(between), b"".join(after)
 
 
 def handshake_to_engine(head: Head, path: str, instance: Instance, *, request_id: str, cls: RequestClass) -> bytes:
     """The head of a websocket handshake to send to an engine."""
-    out = [_request_line(head, path, instance.endpoint), *_own_headers(instance.endpoint, request_id)]
+    out = [_beginning(head, path, instance.endpoint), request_id.encode("ascii"), b"\r\n"]
+    out += _credential(instance.endpoint)
     out.append(b"connection: Upgrade\r\nupgrade: websocket\r\n")
     if instance.priority_header:
         out.append(b"x-vllm-priority: %d\r\n" % priority(cls))
@@ -119,11 +133,15 @@ def _request_line(head: Head, path: str, endpoint: Endpoint) -> bytes:
     return b"%b %b%b HTTP/1.1\r\n" % (head.method.encode(), (endpoint.base_path + path).encode("ascii"), query)
 
 
-def _own_headers(endpoint: Endpoint, request_id: str) -> list[bytes]:
-    own = [b"host: %b\r\nx-request-id: %b\r\n" % (endpoint.authority.encode("ascii"), request_id.encode("ascii"))]
-    if endpoint.credential is not None:
-        own.append(b"authorization: Bearer %b\r\n" % endpoint.credential.encode("ascii"))
-    return own
+def _beginning(head: Head, path: str, endpoint: Endpoint) -> bytes:
+    host = endpoint.authority.encode("ascii")
+    return b"%bhost: %b\r\nx-request-id: " % (_request_line(head, path, endpoint), host)
+
+
+def _credential(endpoint: Endpoint) -> list[bytes]:
+    if endpoint.credential is None:
+        return []
+    return [b"authorization: Bearer %b\r\n" % endpoint.credential.encode("ascii")]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -20,10 +20,12 @@ from vllm_bootstrap.serving import EngineRoute, Instance, RequestClass
 
 class Intake(Protocol):
     """``feed`` pieces, ``finish``; then the rest. ``upload`` is set when the bytes must be fetched with ``chunks``.
-    ``in_memory`` counts what a budget of memory must cover."""
+    ``in_memory`` counts what a budget of memory must cover. ``adds_usage``: what was rendered asks the engine for a
+    usage event that the client has not asked for."""
 
     in_memory: int
     upload: Upload | None
+    adds_usage: bool
 
     def feed(self, piece: bytes) -> None:
         """Take one piece. Raises ``ApiError`` when the body may not be this."""
@@ -36,13 +38,17 @@ class Intake(Protocol):
         """Top-level values, as far as they are judged."""
 
     @property
+    def text(self) -> str | None:
+        """A JSON body as text, None for others."""
+
+    @property
     def model(self) -> str | None:
         """The model it names."""
 
     def sequences(self, path: str, most: int | None) -> int:
         """How many sequences an engine will run for it. Raises ``BadRequest`` above ``most``."""
 
-    def render(self, instance: Instance, cls: RequestClass) -> bytes | None:
+    def render(self, instance: Instance, cls: RequestClass, path: str) -> bytes | None:
         """The body for that engine, None when there is none or it is an upload. Raises ``BadRequest``."""
 
     def close(self) -> None:
@@ -68,8 +74,10 @@ class NoBody:
     """A request without a body."""
 
     upload: Upload | None = None
+    adds_usage = False
     in_memory = 0
     fields: Mapping[str, Any] = {}
+    text: str | None = None
     model: str | None = None
 
     def feed(self, piece: bytes) -> None:
@@ -81,7 +89,7 @@ class NoBody:
     def sequences(self, path: str, most: int | None) -> int:  # noqa: ARG002 - the interface's
         return 1
 
-    def render(self, instance: Instance, cls: RequestClass) -> bytes | None:  # noqa: ARG002 - the interface's
+    def render(self, instance: Instance, cls: RequestClass, path: str) -> bytes | None:  # noqa: ARG002 - the interface's
         return None
 
     def close(self) -> None:
@@ -95,6 +103,7 @@ class JsonIntake:
 
     def __init__(self, max_bytes: int) -> None:
         self.in_memory = 0
+        self.adds_usage = False
         self._max_bytes = max_bytes
         self._pieces: list[bytes] = []
         self._body: bodies.JsonBody | None = None
@@ -115,21 +124,28 @@ class JsonIntake:
         return self._body.fields if self._body is not None else {}
 
     @property
+    def text(self) -> str | None:
+        return self._body.text if self._body is not None else None
+
+    @property
     def model(self) -> str | None:
         return self._body.model if self._body is not None else None
 
     def sequences(self, path: str, most: int | None) -> int:
         return bodies.check_sequences(path, self.fields, most)
 
-    def render(self, instance: Instance, cls: RequestClass) -> bytes | None:
+    def render(self, instance: Instance, cls: RequestClass, path: str) -> bytes | None:
         body = self._body
         if body is None:
             return None
-        if instance.refuses_http_media:
+        if instance.refuses_http_media and body.names_urls:
             bodies.refuse_remote_media(body.fields)
-        if instance.priority_field:
-            return bodies.with_member(body, bodies.OVERWRITTEN, headers.priority(cls))
-        return bodies.with_member(body, bodies.OVERWRITTEN, None)
+        values: dict[str, object] = {bodies.OVERWRITTEN: headers.priority(cls) if instance.priority_field else None}
+        wish = bodies.asking_for_usage(body) if path in bodies.USAGE_ON_REQUEST else None
+        if wish is not None:
+            values["stream_options"] = wish
+        self.adds_usage = wish is not None
+        return bodies.with_members(body, values)
 
     def close(self) -> None:
         self._pieces = []
@@ -140,6 +156,8 @@ class FormIntake:
     """A multipart form with a file in it. What grows beyond memory goes to a temporary file (see ``uploads``)."""
 
     in_memory = 0  # bounded by itself
+    adds_usage = False
+    text: str | None = None
 
     def __init__(self, upload: Upload) -> None:
         self.upload: Upload | None = upload
@@ -162,7 +180,7 @@ class FormIntake:
     def sequences(self, path: str, most: int | None) -> int:  # noqa: ARG002 - the interface's
         return 1
 
-    def render(self, instance: Instance, cls: RequestClass) -> bytes | None:  # noqa: ARG002 - the interface's
+    def render(self, instance: Instance, cls: RequestClass, path: str) -> bytes | None:  # noqa: ARG002 - the interface's
         return None
 
     def close(self) -> None:

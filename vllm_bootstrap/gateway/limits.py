@@ -20,7 +20,8 @@ LINGER_S = 2.0
 @dataclass(frozen=True, slots=True)
 class GatewayLimits:
     """Sizes in bytes, times in seconds. ``max_control_body_bytes`` bounds bodies of the control plane,
-    ``body_budget_bytes`` all JSON bodies held at once."""
+    ``body_budget_bytes`` all JSON bodies held at once. ``revoked_keys_cut_streams``: what already runs ends too when
+    its key is revoked or loses rights, not only what waits."""
 
     max_header_bytes: int = 64 * KIB
     max_header_count: int = 100
@@ -37,6 +38,7 @@ class GatewayLimits:
     upstream_first_byte_timeout_s: float = 1800
     upstream_idle_timeout_s: float = 600
     upstream_keep_alive_s: float = 4
+    revoked_keys_cut_streams: bool = False
 
     @classmethod
     def from_settings(cls, settings: object) -> GatewayLimits:
@@ -62,7 +64,9 @@ class RequestRecord(NamedTuple):
 
     ``status`` is what the client saw (499: it went away first); ``code`` our error code when the answer or the end of
     the stream was ours. ``started_at`` unix seconds, durations in seconds; ``first_byte_s`` from the grant of a place
-    to the first byte of the answer, None without one.
+    to the first byte of the answer's body, None without one. Tokens are the engine's own count, None where it told
+    none. ``inter_token_s`` is the mean time between a sequence's tokens in a stream. ``stream``: the answer came as
+    events.
     """
 
     request_id: str
@@ -80,3 +84,7 @@ class RequestRecord(NamedTuple):
     first_byte_s: float | None
     bytes_in: int
     bytes_out: int
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    inter_token_s: float | None = None
+    stream: bool | None = None

@@ -17,6 +17,8 @@ from vllm_bootstrap.errors import ApiError, UpstreamError, UpstreamTimeout
 from vllm_bootstrap.gateway.upstream import UpstreamConnection
 from vllm_bootstrap.serving import Endpoint
 
+BACKLOG_PAUSE_S = 0.02
+
 _log = logging.getLogger(__name__)
 
 
@@ -54,7 +56,7 @@ class Pool:
         make = functools.partial(UpstreamConnection, self)
         async with asyncio.timeout(self._connect_timeout_s):
             if endpoint.uds is not None:
-                _, connection = await loop.create_unix_connection(make, endpoint.uds)
+                connection = await _connect_unix(loop, make, endpoint.uds)
             else:
                 assert endpoint.host is not None  # noqa: S101 - an endpoint is one or the other
                 tls = (self._tls or default_tls()) if endpoint.tls else None
@@ -119,6 +121,18 @@ class Dial:
             on_done(task.result() if problem is None else _explain(problem))
         elif problem is None:
             task.result().abort()
+
+
+async def _connect_unix(
+    loop: asyncio.AbstractEventLoop, make: Callable[[], UpstreamConnection], path: str
+) -> UpstreamConnection:
+    """Connect, waiting while the engine's queue of connections is full: a Unix socket says so at once, where a port
+    makes the caller wait. The caller bounds the time."""
+    while True:
+        try:
+            return (await loop.create_unix_connection(make, path))[1]
+        except BlockingIOError:
+            await asyncio.sleep(BACKLOG_PAUSE_S)
 
 
 def _explain(problem: BaseException) -> ApiError:

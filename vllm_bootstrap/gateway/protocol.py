@@ -25,7 +25,8 @@ class GatewayProtocol(StrictProtocol):
     # Claimed requests
 
     def claim(self, head: Head) -> bool:
-        self._target = targets.find(head.method, head.path)
+        memory = head.memory
+        self._target = memory.target if memory is not None else targets.find(head.method, head.path)
         return self._target is not None
 
     def claimed_begins(self, head: Head) -> None:

@@ -15,6 +15,7 @@ from vllm_bootstrap.errors import ApiError
 from vllm_bootstrap.gateway import headers
 from vllm_bootstrap.gateway.head import Head, Headers
 from vllm_bootstrap.gateway.upstream import UpstreamConnection
+from vllm_bootstrap.gateway.usage import OnId, Tap, make_tap
 
 _NO_BODY = (204, 304)
 
@@ -64,56 +65,70 @@ class ByteSink(Protocol):
 class Relay:
     """Writes one answer. ``begin`` once, then ``deliver`` until the answer is complete, or ``fail``."""
 
-    __slots__ = ("_anthropic", "_client", "_head", "_is_events", "_last", "_mode", "begun", "bytes_out", "status")
+    __slots__ = ("_anthropic", "_client", "_head", "_last", "_mode", "begun", "bytes_out", "is_events", "status", "tap")
 
     def __init__(self, client: Client, head: Head) -> None:
         self._client = client
         self._head = head
         self._mode = ""
-        self._is_events = False
+        self.is_events = False
+        self.tap: Tap | None = None
         self._last = b""
         self._anthropic = head.path.endswith("/v1/messages")
         self.begun = False
         self.status = 0
         self.bytes_out = 0
 
-    def begin(self, connection: UpstreamConnection, own: Headers) -> bytes:
-        """The head of the answer, to be written together with its first bytes."""
+    def begin(
+        self, connection: UpstreamConnection, own: Headers, *, drops_usage: bool = False, on_id: OnId | None = None
+    ) -> bytes:
+        """The head of the answer, to be written together with its first bytes. The rest is for ``make_tap``."""
         self.begun = True
         self.status = connection.status
-        self._look_at(connection)
+        self._look_at(connection, drops_usage=drops_usage, on_id=on_id)
         close = self._client.closes_after_answer() or self._mode == "close"
-        if self._is_events:
+        if self.is_events:
             own = [*own, (b"x-accel-buffering", b"no")]
         return headers.to_client(connection.status, connection.headers, self._framing(connection), own, close=close)
 
-    def _look_at(self, connection: UpstreamConnection) -> None:
-        plain = True
+    def _look_at(self, connection: UpstreamConnection, *, drops_usage: bool, on_id: OnId | None) -> None:
+        plain, kind = True, b""
         for name, value in connection.headers:
             lower = name.lower()
             if lower == b"content-type":
-                self._is_events = value.lower().startswith(b"text/event-stream")
+                kind = value.lower()
             elif lower == b"content-encoding":
                 plain = value.lower() == b"identity"
-        self._is_events = self._is_events and plain  # nothing readable can be added to a compressed stream
+        # Nothing readable can be added to a compressed stream, or read from it.
+        self.is_events = plain and kind.startswith(b"text/event-stream")
         if self._head.method == "HEAD" or connection.status in _NO_BODY:
             self._mode = "none"
-        elif connection.content_length is not None:
+        elif connection.content_length is not None and not (self.is_events and drops_usage):
             self._mode = "length"
         else:
             self._mode = "chunked" if self._head.minor_version else "close"
+        if plain and connection.status == 200 and self._mode != "none":
+            self.tap = make_tap(self._head.path, kind, drops_usage=drops_usage, on_id=on_id)
 
     def _framing(self, connection: UpstreamConnection) -> bytes:
         length = connection.content_length
         if self._mode == "chunked" or (self._mode == "none" and connection.framing == "chunked"):
             return b"transfer-encoding: chunked\r\n" if self._head.minor_version else b""
-        if length is not None and connection.status != 204:
+        if length is not None and connection.status != 204 and self._mode in ("length", "none"):
             return b"content-length: %b\r\n" % length
         return b""
 
     def deliver(self, connection: UpstreamConnection, lead: bytes = b"") -> None:
         """Write what has come; pause the engine when the client does not keep up."""
-        parts = connection.parts
+        parts, tap = connection.parts, self.tap
+        if parts:
+            connection.parts = []
+            if tap is not None:
+                parts = tap.feed(parts)
+        if tap is not None and connection.complete:
+            held = tap.end()
+            if held:
+                parts = [*parts, held]
         if self._mode == "chunked":
             self._deliver_chunked(connection, lead, parts)
         elif lead or parts:
@@ -121,7 +136,6 @@ class Relay:
             self._client.transport.write(b"".join([lead, *parts]) if self._mode != "none" else lead)
         if parts:
             self._last = parts[-1]
-            connection.parts = []
         if self._client.write_paused:
             connection.pause()
 
@@ -141,7 +155,7 @@ class Relay:
 
     def fail(self, error: ApiError) -> None:
         """The engine failed after the head was sent: end the stream with an error event, or cut the connection."""
-        if not self._is_events or self._mode == "length":
+        if not self.is_events or self._mode == "length":
             self._client.cut()
             return
         at_boundary = not self._last or self._last.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))

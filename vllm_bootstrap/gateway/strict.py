@@ -25,7 +25,7 @@ from uvicorn.server import ServerState
 from vllm_bootstrap.errors import ApiError, BadRequest, Draining, RequestTimeout, Unavailable
 from vllm_bootstrap.gateway import headers
 from vllm_bootstrap.gateway.gateway import Gateway, detect_dead_peer
-from vllm_bootstrap.gateway.head import Head, Headers, parse_head
+from vllm_bootstrap.gateway.head import Head, Headers
 from vllm_bootstrap.gateway.inbox import Inbox
 from vllm_bootstrap.gateway.limits import LINGER_S, MIN_BODY_RATE
 
@@ -174,7 +174,7 @@ class StrictProtocol(HttpToolsProtocol):
             raw = self._inbox.take_head()
             if raw is None:
                 return False
-            head = parse_head(raw, self.gateway.head_limits)
+            head = self.gateway.heads.read(raw)
             self._claimed = self.claim(head)
         except ApiError as error:
             self.refuse(error)
@@ -203,8 +203,10 @@ class StrictProtocol(HttpToolsProtocol):
         if self._body_parser is None:
             self._body_parser = httptools.HttpRequestParser(_BodySink(self))
         self.claimed_begins(head)
-        if not self._closing:
-            self.feed(self._body_parser, head.raw)
+        if self._closing:
+            return
+        ahead = self._inbox.take_ahead()  # usually the whole body: the parser is called once for both
+        self.feed(self._body_parser, head.raw + self._inbox.body_part(ahead) if ahead else head.raw)
 
     # Bodies
 

@@ -42,6 +42,12 @@ BY_MODEL: dict[str, EngineRoute] = {
     )
 }
 
+STATEFUL = (
+    EngineRoute("GET", "/v1/responses/*", INFERENCE),
+    EngineRoute("POST", "/v1/responses/*/cancel", INFERENCE),
+)
+"""Routes of one stored response: they go to the engine that made it, for the key that asked it to."""
+
 # Below /v1, but answered by the control plane.
 _CONTROL_V1 = re.compile(r"/v1/models(?:/.*)?")
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -81,6 +87,13 @@ def find(method: str, path: str) -> ToModel | ToLaunch | None:
 def _require_plain(path: str) -> None:
     if _PLAIN_PATH.fullmatch(path) is None:
         raise BadRequest("Paths of the data plane take no percent-encoding: spell the path plainly")
+
+
+def stateful(path: str) -> EngineRoute | None:
+    """The route of a stored response that ``path`` names."""
+    if not path.startswith("/v1/responses/"):
+        return None
+    return next((route for route in STATEFUL if route.matches(route.method, path)), None)
 
 
 def rule_of(route: EngineRoute) -> Rule:

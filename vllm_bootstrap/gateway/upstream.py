@@ -31,6 +31,9 @@ class Receiver(Protocol):
     def on_upstream_writable(self) -> None:
         """What was written to the engine has left for the most part."""
 
+    def on_crash(self) -> None:
+        """``on_received`` has raised what it should not (called where that is being handled)."""
+
 
 class Splice(Protocol):
     """Who gets raw bytes once a connection has stopped speaking HTTP."""
@@ -188,7 +191,10 @@ class UpstreamConnection(asyncio.Protocol):
             self._reusable = False
             problem = f"sent no valid HTTP ({exc.__context__ or exc})"
         if self.head_ready:
-            receiver.on_received(self)  # what was understood goes on even if what follows it was not
+            try:
+                receiver.on_received(self)  # what was understood goes on even if what follows it was not
+            except Exception:  # noqa: BLE001 - a mistake must not leave a client waiting
+                receiver.on_crash()
         elif self._head_bytes > MAX_RESPONSE_HEAD:
             problem = f"sent headers larger than {MAX_RESPONSE_HEAD} bytes"
         if problem is not None and not self.complete:
@@ -221,7 +227,10 @@ class UpstreamConnection(asyncio.Protocol):
             self._keeper.discard(self)
         elif self.head_ready and self.framing == "close" and exc is None and not self.complete:
             self.complete = True  # such a body ends with the connection
-            receiver.on_received(self)
+            try:
+                receiver.on_received(self)
+            except Exception:  # noqa: BLE001
+                receiver.on_crash()
         elif not self.complete:
             self._break("closed the connection" if exc is None else f"broke the connection ({exc})")
 

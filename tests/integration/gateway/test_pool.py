@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from tests.support.aio import eventually
 from tests.support.data_plane import run
 from tests.support.raw_upstream import RawUpstream
-from vllm_bootstrap.errors import ApiError, UpstreamError
+from vllm_bootstrap.errors import ApiError, UpstreamError, UpstreamTimeout
 from vllm_bootstrap.gateway.pool import Dial, Pool
 from vllm_bootstrap.gateway.upstream import UpstreamConnection
 from vllm_bootstrap.serving import Endpoint
@@ -135,5 +137,36 @@ def test_a_dial_that_is_given_up_too_late_closes_what_it_made() -> None:
         asyncio.get_running_loop().call_soon(dial.cancel)  # after it has connected, before anybody was told
         await eventually(lambda: made.aborted)
         assert told == []
+
+    run(main())
+
+
+def test_a_full_queue_of_connections_is_waited_for(tmp_path: Path) -> None:
+    """A busy engine on a Unix socket refuses at once what a port would let wait: it is not down for that."""
+
+    async def main() -> None:
+        path = str(tmp_path / "busy")
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(path)
+        listener.listen(0)
+        fillers = [socket.socket(socket.AF_UNIX) for _ in range(4)]
+        for one in fillers:
+            one.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                one.connect(path)
+        got: list[UpstreamConnection | ApiError] = []
+        dial = Pool(Endpoint(uds=path), connect_timeout_s=5, keep_alive_s=1).dial(got.append)
+        late: list[UpstreamConnection | ApiError] = []
+        Pool(Endpoint(uds=path), connect_timeout_s=0.1, keep_alive_s=1).dial(late.append)
+        await eventually(lambda: late)
+        assert isinstance(late[0], UpstreamTimeout)
+        assert not got
+        accepted, _ = listener.accept()
+        await eventually(lambda: got)
+        assert isinstance(got[0], UpstreamConnection)
+        got[0].abort()
+        dial.cancel()
+        for one in (*fillers, accepted, listener):
+            one.close()
 
     run(main())

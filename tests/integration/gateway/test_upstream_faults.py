@@ -35,7 +35,18 @@ BEFORE_HEADERS = {
     "only interim": b"HTTP/1.1 100 Continue\r\n\r\n",
     "endless head": b"HTTP/1.1 200 OK\r\n" + b"x: " + b"y" * 300_000,
     "odd status": b"HTTP/1.1 99 Odd\r\n\r\n",
+    "CR in a value": b"HTTP/1.1 200 OK\r\na: b\rset-cookie: c\r\ncontent-length: 2\r\n\r\nok",
+    "LF in a value": b"HTTP/1.1 200 OK\r\na: b\nset-cookie: c\r\ncontent-length: 2\r\n\r\nok",
+    "NUL in a value": b"HTTP/1.1 200 OK\r\na: b\x00\r\ncontent-length: 2\r\n\r\nok",
+    "only LF": b"HTTP/1.1 200 OK\ncontent-length: 2\n\nok",
+    "chunked twice": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked, chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "length with a sign": b"HTTP/1.1 200 OK\r\ncontent-length: +2\r\n\r\nok",
+    "list of lengths": b"HTTP/1.1 200 OK\r\ncontent-length: 2, 2\r\n\r\nok",
+    "space before the colon": b"HTTP/1.1 200 OK\r\ncontent-length : 2\r\n\r\nok",
 }
+
+
+PIECES = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
 @pytest.mark.parametrize("name", BEFORE_HEADERS)
@@ -104,6 +115,11 @@ def test_a_broken_stream_ends_with_an_error_event(tmp_path: Path, name: str, pat
         b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n",
         b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 50\r\n\r\ndata: 1\n\n",
         EVENTS.replace(b"\r\n\r\n", b"\r\ncontent-encoding: gzip\r\n\r\n") + chunk(b"hello"),
+        PIECES + b"+2\r\nok\r\n0\r\n\r\n",
+        PIECES + b"0x2\r\nok\r\n0\r\n\r\n",
+        PIECES + b"fffffffffffffffff\r\n",
+        PIECES + b"2\r\nok!\r\n0\r\n\r\n",
+        PIECES + b"2\nok\r\n0\r\n\r\n",
     ],
 )
 def test_any_other_broken_answer_is_cut(tmp_path: Path, raw: bytes) -> None:
@@ -327,7 +343,7 @@ def test_a_client_that_goes_away_while_an_engine_is_being_reached(tmp_path: Path
 async def _at_rest(plane: Plane, engine: RawUpstream) -> None:
     await eventually(lambda: plane.in_use() == engine.open == plane.queued() == 0 and not plane.gateway.connections)
     assert plane.gateway.body_bytes == 0
-    assert not plane.gateway._in_use
+    assert not plane.gateway.inflight.list()
 
 
 async def _bring_to(stage: str, plane: Plane, engine: RawUpstream, wire: Wire) -> None:
@@ -384,7 +400,7 @@ def test_many_comings_and_goings_leave_nothing(tmp_path: Path) -> None:
             await eventually(lambda: engine.open == 0)
             await eventually(lambda: len(asyncio.all_tasks()) <= before)
             assert len(plane.records) == 500
-            assert not plane.gateway._in_use
+            assert not plane.gateway.inflight.list()
 
     run(main())
 

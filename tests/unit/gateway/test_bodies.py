@@ -98,12 +98,12 @@ def test_a_model_is_a_string(model: str) -> None:
     ],
 )
 def test_one_member_is_changed_and_nothing_else(text: str, value: object, expected: str) -> None:
-    assert bodies.with_member(parse(text), "priority", value).decode() == expected
+    assert bodies.with_members(parse(text), {"priority": value}).decode() == expected
 
 
 def test_an_unchanged_body_is_the_same_bytes() -> None:
     raw = b'{"a":1}'
-    assert bodies.with_member(bodies.parse(raw), "priority", None) is raw
+    assert bodies.with_members(bodies.parse(raw), {"priority": None}) is raw
 
 
 @pytest.mark.parametrize("name", sorted(bodies.REFUSED))

@@ -1,0 +1,135 @@
+"""Heads that come again are read by heart: the same meaning, a new length, and no key kept."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from vllm_bootstrap.auth.guard import Guard, Pass
+from vllm_bootstrap.auth.keyfile import digest
+from vllm_bootstrap.auth.keys import Key, KeyRing
+from vllm_bootstrap.auth.sessions import Sessions
+from vllm_bootstrap.auth.types import Principal, RequestHead, Rule
+from vllm_bootstrap.errors import BadRequest
+from vllm_bootstrap.gateway import familiar
+from vllm_bootstrap.gateway.familiar import FamiliarHeads
+from vllm_bootstrap.gateway.head import HeadLimits, parse_head
+
+RAW = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer sk-secret\r\n"
+    b"Content-Length: 12\r\nX-Api-Key: sk-other\r\nX-Priority: batch\r\n\r\n"
+)
+WHO = Principal("who", frozenset({"realtime"}))
+ANYTHING = cast("Any", object())
+
+
+def knowing(raw: bytes = RAW) -> FamiliarHeads:
+    heads = FamiliarHeads(HeadLimits())
+    heads.remember(parse_head(raw, HeadLimits()), ANYTHING, ANYTHING, Pass(WHO, 1))
+    return heads
+
+
+@pytest.mark.parametrize("length", [b"12", b"1", b"999999999999999999"])
+def test_only_the_length_may_differ(length: bytes) -> None:
+    raw = RAW.replace(b"12", length)
+    got, plain = knowing().read(raw), parse_head(raw, HeadLimits())
+    assert got.memory is not None
+    for name in (
+        "method",
+        "path",
+        "query",
+        "minor_version",
+        "content_length",
+        "chunked",
+        "keep_alive",
+        "raw",
+        "upgrade",
+    ):
+        assert getattr(got, name) == getattr(plain, name)
+    assert got.first(b"x-priority") == b"batch"
+    assert got.headers == [(b"host", b"h"), (b"x-priority", b"batch")]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"sk-secret", b"sk-secreT"),
+        (b"POST", b"PUT"),
+        (b"Host: h", b"Host:  h"),
+        (b"Content-Length", b"content-length"),
+        (b"X-Priority: batch\r\n", b""),
+        (b"12", b"0"),
+    ],
+)
+def test_anything_else_is_read_anew(old: bytes, new: bytes) -> None:
+    assert knowing().read(RAW.replace(old, new)).memory is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"X-Priority", b"Content-Length: 12\r\nX-Priority"),
+        (b"X-Priority", b"Content-Length: 13\r\nX-Priority"),
+        (b"X-Priority", b"Transfer-Encoding: chunked\r\nX-Priority"),
+        (b": 12", b": 012x"),
+        (b"\r\nContent-Length: 12\r\n", b"\0"),
+        (b"Host: h", b"Host: h\0"),
+    ],
+)
+def test_what_is_ambiguous_stays_refused_although_its_like_is_known(old: bytes, new: bytes) -> None:
+    with pytest.raises(BadRequest):
+        knowing().read(RAW.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        b"Transfer-Encoding: chunked",
+        b"Content-Length: 5\r\nExpect: 100-continue",
+        b"Content-Length: 5\r\nUpgrade: x",
+        b"X: y",
+    ],
+)
+def test_heads_of_other_kinds_are_not_kept(extra: bytes) -> None:
+    raw = b"POST /v1/completions HTTP/1.1\r\nHost: h\r\n" + extra + b"\r\n\r\n"
+    assert knowing(raw).read(raw).memory is None
+
+
+def test_no_credential_is_kept() -> None:
+    heads = knowing()
+    memory = heads.read(RAW).memory
+    kept = repr((heads._known, memory.head, memory.head.headers, memory.head._fields, memory.permit, memory.head.raw))
+    assert "sk-" not in kept
+
+
+def test_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(familiar, "MOST_HEADS", 2)
+    heads = knowing()
+    for host in (b"i", b"j"):
+        heads.remember(
+            parse_head(RAW.replace(b"Host: h", b"Host: " + host), HeadLimits()), ANYTHING, ANYTHING, Pass(WHO, 1)
+        )
+    assert heads.read(RAW).memory is None
+    assert heads.read(RAW.replace(b"Host: h", b"Host: j")).memory is not None
+    long = RAW.replace(b"X-Priority: batch", b"X-Long: " + b"x" * familiar.MOST_BYTES)
+    heads.remember(parse_head(long, HeadLimits()), ANYTHING, ANYTHING, Pass(WHO, 1))
+    assert heads.read(long).memory is None
+
+
+def test_a_pass_ends_with_its_key_and_with_any_change_of_keys() -> None:
+    now = [0.0]
+    head = RequestHead("POST", "/x", ((b"host", b"localhost"), (b"authorization", b"Bearer t")))
+    keys = KeyRing([Key(digest("t"), Principal("t", frozenset({"realtime"}), expires_at=10.0))], clock=lambda: now[0])
+    guard = Guard(keys, Sessions(keys, lifetime_s=60), open_access=False)
+    principal = guard.admit(head, Rule(scopes=frozenset({"realtime"})))
+    assert principal is not None
+    permit = guard.remember(head, principal)
+    assert permit is not None
+    assert guard.readmit(permit) is principal
+    assert guard.remember(RequestHead("POST", "/x", ((b"cookie", b"a=b"),)), principal) is None
+    now[0] = 10.0
+    assert guard.readmit(permit) is None
+    now[0] = 0.0
+    keys.reload()
+    assert guard.readmit(permit) is None

@@ -1,0 +1,119 @@
+"""Taking one request to one engine: a kept connection or a new one, the head, the body, an upload's bytes.
+
+Invariant: at most one connection attempt and one transfer are under way, and none after ``cancel``; what was written
+is the whole request or ``sent_all`` says that it is not. Must not know: queues, answers, clients.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from vllm_bootstrap.errors import ApiError
+from vllm_bootstrap.gateway import transfer
+from vllm_bootstrap.gateway.entry import Outgoing
+from vllm_bootstrap.gateway.gateway import Gateway
+from vllm_bootstrap.gateway.head import Head
+from vllm_bootstrap.gateway.pool import Dial, Pool
+from vllm_bootstrap.gateway.upstream import Receiver, UpstreamConnection
+from vllm_bootstrap.serving import Instance
+
+_JOINED_BYTES = 16 * 1024  # up to this size a copy is cheaper than a second write
+
+
+class Sender(Receiver, Protocol):
+    """Whose request it is; the answer comes to it too."""
+
+    def on_sending(self, connection: UpstreamConnection, now: float) -> None:
+        """The request is being written to this connection."""
+
+    def on_unreachable(self, error: ApiError) -> None:
+        """No connection could be made: nothing was sent."""
+
+    def fail(self, error: ApiError) -> None:
+        """The request's body could not be sent."""
+
+
+class Errand:
+    """``outgoing`` is kept until ``forget``, so that it can be sent again. ``sent_all``: nothing of it is missing."""
+
+    __slots__ = ("_dial", "_gateway", "_head", "_loop", "_sender", "_sending", "outgoing", "sent_all", "upgrade")
+
+    def __init__(self, gateway: Gateway, sender: Sender, head: Head) -> None:
+        self._gateway, self._sender, self._head = gateway, sender, head
+        self._loop = asyncio.get_running_loop()
+        self._dial: Dial | None = None
+        self._sending: transfer.Sending | None = None
+        self.outgoing: Outgoing | None = None
+        self.upgrade = False
+        self.sent_all = True
+
+    def go(self, instance: Instance, outgoing: Outgoing, *, upgrade: bool) -> None:
+        """Send ``outgoing``. ``upgrade``: it is a handshake."""
+        self.outgoing, self.upgrade = outgoing, upgrade
+        pool = self._gateway.pool(instance)
+        connection = pool.take(self._loop.time())
+        if connection is None:
+            self._connect(pool)
+        else:
+            self._send(connection)
+
+    def again(self, instance: Instance) -> None:
+        """Send it once more, on a new connection."""
+        self.cancel()
+        self._connect(self._gateway.pool(instance))
+
+    def _connect(self, pool: Pool) -> None:
+        self._dial = pool.dial(self._connected)
+
+    def _connected(self, outcome: UpstreamConnection | ApiError) -> None:
+        self._dial = None
+        if isinstance(outcome, ApiError):
+            self._sender.on_unreachable(outcome)
+        else:
+            self._resume(outcome)
+
+    def _resume(self, connection: UpstreamConnection) -> None:
+        """Send, called by the loop and not from a step of the request."""
+        try:
+            self._send(connection)
+        except Exception:  # noqa: BLE001 - a mistake must not leave a client waiting
+            self._sender.on_crash()
+
+    def _send(self, connection: UpstreamConnection) -> None:
+        outgoing, head = self.outgoing, self._head
+        assert outgoing is not None  # noqa: S101 - kept until an answer begins
+        now = self._loop.time()
+        self._sender.on_sending(connection, now)
+        body = outgoing.body or b""
+        first = outgoing.head + body if len(body) <= _JOINED_BYTES else outgoing.head
+        connection.start(self._sender, first, now=now, head_only=head.method == "HEAD", upgrade=self.upgrade)
+        if len(body) > _JOINED_BYTES:
+            connection.write(body)
+        if outgoing.upload is not None:
+            self.sent_all = False
+            self._sending = transfer.Sending(outgoing.upload, connection, self._sent)
+
+    def _sent(self, problem: ApiError | None) -> None:
+        self._sending = None
+        self.sent_all = problem is None
+        if problem is not None:
+            self._sender.fail(problem)
+
+    def on_writable(self) -> None:
+        """The engine has taken most of what was written."""
+        if self._sending is not None:
+            self._sending.on_writable()
+
+    def cancel(self) -> None:
+        """Stop connecting and sending. Idempotent."""
+        if self._dial is not None:
+            self._dial.cancel()
+            self._dial = None
+        if self._sending is not None:
+            self._sending.cancel()
+            self._sending = None
+
+    def forget(self) -> None:
+        """It is not sent again."""
+        self.outgoing = None

@@ -1,0 +1,107 @@
+"""What is known of one request on its way: for whoever asks meanwhile, and for the record at its end.
+
+Invariant: it only remembers; nothing here decides, waits or calls anybody. Never holds keys, queries or content.
+"""
+
+from __future__ import annotations
+
+import time
+
+from vllm_bootstrap.gateway.head import Head
+from vllm_bootstrap.gateway.inflight import RequestInfo, State
+from vllm_bootstrap.gateway.limits import RequestRecord
+from vllm_bootstrap.gateway.usage import Tap
+from vllm_bootstrap.scheduler.tickets import Ticket, Usage
+from vllm_bootstrap.serving import Instance
+
+
+class Journey:
+    """Set as things happen. Times are ``time.monotonic``: the loop's stands still within an iteration."""
+
+    id = ""  # what it goes by while it is under way
+    owner: str | None = None
+    model: str | None = None
+    ticket: Ticket | None = None
+    instance: Instance | None = None
+    stream = False
+    queued_at = 0.0
+    queue_ms = 0
+    granted_at = 0.0
+    first_byte_at: float | None = None
+    tap: Tap | None = None
+    bytes_in = 0
+
+    def __init__(self, request_id: str, head: Head) -> None:
+        self.request_id = request_id
+        self._head = head
+        self._started_at = time.monotonic()
+
+    def granted(self, instance: Instance) -> None:
+        self.instance, self.granted_at = instance, time.monotonic()
+
+    @property
+    def usage(self) -> Usage | None:
+        """What the engine said it used, so far."""
+        return None if self.tap is None else self.tap.usage
+
+    def spent(self) -> Usage | None:
+        """What to account for: the engine's word, else, of a stream that was cut, what it has brought."""
+        usage, ticket = self.usage, self.ticket
+        if usage is not None or ticket is None or not self.stream or self.tap is None or not self.tap.tokens:
+            return usage
+        return Usage(ticket.prompt_tokens, self.tap.tokens)
+
+    def info(self, state: State) -> RequestInfo:
+        ticket, tap, instance = self.ticket, self.tap, self.instance
+        now = time.monotonic()
+        return RequestInfo(
+            self.id,
+            ticket.cls if ticket is not None else None,
+            self.owner or "",
+            self.model,
+            instance.launch_id if instance is not None and state == "running" else None,
+            state,
+            self._head.method,
+            self._head.path,
+            now - self._started_at,
+            int((now - self.queued_at) * 1000) if state == "queued" else self.queue_ms,
+            ticket.sequences if ticket is not None else 1,
+            tap.tokens if tap is not None else 0,
+            self.stream,
+        )
+
+    def record(self, status: int, code: str | None, *, more_in: int, bytes_out: int) -> RequestRecord:
+        """The end. ``more_in``: bytes from the client beyond its body."""
+        now = time.monotonic()
+        duration = now - self._started_at
+        instance, ticket, began = self.instance, self.ticket, self.first_byte_at
+        usage, spent = self.usage, self.spent()
+        made = spent.completion_tokens if spent is not None else None
+        return RequestRecord(
+            self.request_id,
+            self._head.method,
+            self._head.path,
+            status,
+            code,
+            self.owner,
+            instance.served_names[0] if instance is not None and instance.served_names else None,
+            instance.launch_id if instance is not None else None,
+            ticket.cls if ticket is not None else None,
+            self.queue_ms,
+            time.time() - duration,
+            duration,
+            None if began is None else began - self.granted_at,
+            self.bytes_in + more_in,
+            bytes_out,
+            usage.prompt_tokens if usage is not None else None,
+            made,
+            self._between_tokens(made, now) if began is not None else None,
+            self.stream,
+        )
+
+    def _between_tokens(self, made: int | None, now: float) -> float | None:
+        """Mean time between two tokens of one sequence of a stream."""
+        if not self.stream or made is None or self.first_byte_at is None or self.ticket is None:
+            return None
+        steps = made / self.ticket.sequences - 1
+        return (now - self.first_byte_at) / steps if steps > 0 else None

@@ -1,0 +1,73 @@
+"""A mistake of ours in the middle of a request ends that request: at once, with an answer, and with a word in the log.
+
+Invariant: whatever a step raises, the request's place is given back and its client is answered or cut. Such an
+exception never gets to the event loop, which would only log it and let the client wait, nor to a parser, which would
+take it for bad bytes. Must not know: what the steps are for.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any
+
+from vllm_bootstrap.errors import ApiError, InternalError
+from vllm_bootstrap.gateway.gateway import Gateway
+from vllm_bootstrap.gateway.journey import Journey
+from vllm_bootstrap.gateway.place import Place
+from vllm_bootstrap.gateway.relay import Client
+
+_log = logging.getLogger(__name__)
+
+# What the loop, parsers, timers and other requests call. ``on_received`` is not among them: it runs for each chunk, and
+# who calls it looks after it (``UpstreamConnection``).
+_STEPS = (
+    "start", "on_body", "on_body_end", "on_place", "on_no_place", "on_revoked", "on_unreachable", "on_broken",
+    "on_upstream_writable", "tick", "cancel", "rights_changed",
+)  # fmt: skip
+
+
+class Mishaps:
+    """Base of a request's journey: the steps of the class that inherits from it are guarded."""
+
+    _gateway: Gateway
+    _client: Client
+    _place: Place
+    _journey: Journey
+    _stage: IntEnum
+    request_id: str
+
+    def __init_subclass__(cls) -> None:
+        for name in _STEPS:
+            setattr(cls, name, _guarded(getattr(cls, name)))
+
+    def fail(self, error: ApiError) -> None:
+        """It cannot be completed: answer with ``error``, or end the answer that has begun."""
+        raise NotImplementedError
+
+    def on_crash(self) -> None:
+        """A step has raised what it should not (called where that is being handled)."""
+        _log.exception("request %s failed by a mistake of ours", self.request_id)
+        before, answered = self._stage, False
+        try:
+            self.fail(InternalError("The daemon failed to carry this request; its log says why."))
+            answered = self._stage is not before  # else it was just being ended
+        except Exception:  # noqa: BLE001 - the last resort must work whatever is broken
+            _log.exception("and it could not even be answered")
+        if not answered:
+            self._place.leave(None, worked=True)
+            self._gateway.inflight.remove(self._journey.id)
+            self._client.cut()
+
+
+def _guarded(step: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(step)
+    def guarded(self: Mishaps, *args: Any, **kwargs: Any) -> None:
+        try:
+            step(self, *args, **kwargs)
+        except Exception:  # noqa: BLE001 - that is what it is for
+            self.on_crash()
+
+    return guarded

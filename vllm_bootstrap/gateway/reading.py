@@ -1,0 +1,84 @@
+"""A request's body on its way in: counted against the memory of all, large uploads moved to disk meanwhile.
+
+Invariant: what is held is accounted for in ``gateway.body_bytes`` from its first byte until ``drop``; while a piece
+goes to disk the client is not read from. Must not know: what the body is for, keys, queues, engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vllm_bootstrap.errors import ApiError, Unavailable
+from vllm_bootstrap.gateway import transfer
+from vllm_bootstrap.gateway.gateway import Gateway
+from vllm_bootstrap.gateway.intake import Intake
+from vllm_bootstrap.gateway.relay import Client
+
+
+class Reading:
+    """``done`` is called once: with None when the body is whole, or with what is wrong with it."""
+
+    __slots__ = ("_client", "_done", "_ended", "_gateway", "_reserved", "_spooling", "bytes_in", "intake")
+
+    def __init__(
+        self, gateway: Gateway, client: Client, intake: Intake, done: Callable[[ApiError | None], None]
+    ) -> None:
+        self._gateway, self._client, self.intake = gateway, client, intake
+        self._done: Callable[[ApiError | None], None] | None = done
+        self._reserved = self.bytes_in = 0
+        self._ended = False
+        self._spooling: transfer.Transfer | None = None
+
+    def feed(self, piece: bytes) -> None:
+        if self._done is None:
+            return
+        intake = self.intake
+        self.bytes_in += len(piece)
+        try:
+            intake.feed(piece)
+            self._reserve(intake.in_memory - self._reserved)
+        except ApiError as error:
+            self._finish(error)
+            return
+        if intake.upload is not None and intake.upload.is_full and self._spooling is None:
+            self._client.pause_reading()
+            self._spooling = transfer.to_disk(intake.upload, self._spooled)
+
+    def end(self) -> None:
+        """The body is whole."""
+        self._ended = True
+        if self._spooling is None:
+            self._finish(None)
+
+    def _spooled(self, problem: ApiError | None) -> None:
+        self._spooling = None
+        if problem is not None:
+            self._finish(problem)
+            return
+        self._client.resume_reading()
+        if self._ended:
+            self._finish(None)
+
+    def _reserve(self, size: int) -> None:
+        self._reserved += size
+        self._gateway.body_bytes += size
+        if self._gateway.body_bytes > self._gateway.limits.body_budget_bytes:
+            raise Unavailable("Too many large requests are under way", retry_after=1)
+
+    def _finish(self, problem: ApiError | None) -> None:
+        done, self._done = self._done, None
+        if done is not None:
+            done(problem)
+
+    def stop(self) -> None:
+        """Read no further; what is held stays. Idempotent."""
+        self._done = None
+        if self._spooling is not None:
+            self._spooling.cancel()
+            self._spooling = None
+
+    def drop(self) -> None:
+        """The body is not needed any more. Idempotent."""
+        self._gateway.body_bytes -= self._reserved
+        self._reserved = 0
+        self.intake.close()

@@ -1,0 +1,282 @@
+"""Reading an engine's own token counts out of answers that pass by, streamed or whole. PURE.
+
+Invariant: an answer leaves as it came, byte for byte and at once, but for one thing: the extra last event that an
+engine sends because *we* asked it for its ``usage`` is taken out again when the client had not asked. Memory is bounded
+whatever an engine sends (``LOOK_BYTES`` of one answer); what cannot be understood within that bound is passed on and
+not counted. Compressed answers are never looked into. Knows nothing of sockets, framing or the routes' meaning.
+
+A piece is held back only while it may be the beginning of that extra event: it starts like a ``data:`` line, is not
+complete, and does not show any choices yet.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from vllm_bootstrap.scheduler.tickets import Usage
+
+LOOK_BYTES = 16 * 1024
+"""As much of an answer as is kept to look for its usage: of an event, of a whole body's beginning and of its end."""
+
+_MARK = b'"usage"'
+_TRIES = 4
+_MOST_TOKENS = 1 << 40
+_END_LF, _END_CRLF = b"\n\n", b"\r\n\r\n"
+_ENDS = (_END_LF, _END_CRLF)
+# Atomic, or the two halves of one CRLF would count as two line ends.
+_END = re.compile(rb"(?>\r\n|\r|\n)(?>\r\n|\r|\n)")
+_VALUE = re.compile(r'"usage"[ \t\r\n]*:[ \t\r\n]*')
+_HAS_CHOICES = re.compile(rb'"choices"[ \t]*:[ \t]*\[[ \t]*[^\] \t]')
+_NO_CHOICES = re.compile(rb'"choices"[ \t]*:[ \t]*\[[ \t]*\]')
+_RESPONSE_ID = re.compile(rb'"id"[ \t\r\n]*:[ \t\r\n]*"([A-Za-z0-9_.:-]{1,128})"')
+_decode = json.JSONDecoder().raw_decode
+
+OnId = Callable[[str], None]
+
+
+class Tap(Protocol):
+    """Looks at one answer's body. ``tokens``: how many it has brought so far, roughly."""
+
+    tokens: int
+    usage: Usage | None
+
+    def feed(self, parts: list[bytes]) -> list[bytes]:
+        """Look at what has come; returns what is to be passed on now."""
+
+    def end(self) -> bytes:
+        """The answer is complete. Returns what was still held back and is to be passed on."""
+
+
+def make_tap(
+    path: str, content_type: bytes, *, drops_usage: bool = False, on_id: OnId | None = None
+) -> EventTap | BodyTap | None:
+    """What looks at an uncompressed answer of ``path``, None for kinds that carry no token counts. ``drops_usage``: the
+    extra last event of a stream goes. ``on_id`` is called with the id of the answer, before that is passed on."""
+    kind = content_type.partition(b";")[0].strip().lower()
+    if kind == b"text/event-stream":
+        nested = path.endswith(("/messages", "/responses"))
+        return EventTap(depths=(1, 2) if nested else (1,), drops_usage=drops_usage, on_id=on_id)
+    if kind == b"application/json":
+        return BodyTap(on_id)
+    return None
+
+
+class EventTap:
+    """Server-sent events. ``depths``: how deep in an event's object its ``usage`` may lie (OpenAI's chunks 1; the named
+    events of Anthropic's messages and of responses wrap it once more)."""
+
+    __slots__ = ("_depths", "_drops", "_held", "_idle", "_on_id", "_passed", "_skipping", "tokens", "usage")
+
+    def __init__(self, *, depths: tuple[int, ...] = (1,), drops_usage: bool = False, on_id: OnId | None = None) -> None:
+        self._depths = depths
+        self._drops = drops_usage
+        self._on_id = on_id
+        self._idle = on_id is None  # between two events, nothing special to look for
+        self._skipping = False  # what is left of the current event is of no interest
+        self._held = b""  # the current event so far (skipping: its last bytes), of which ...
+        self._passed = 0  # ... so many bytes were passed on already
+        self.tokens = 0
+        self.usage: Usage | None = None
+
+    def feed(self, parts: list[bytes]) -> list[bytes]:
+        if self._idle and len(parts) == 1:
+            part = parts[0]
+            if part.endswith(_ENDS) and _MARK not in part:  # the usual piece of a stream: whole events
+                self.tokens += part.count(_END_LF) or part.count(_END_CRLF)
+                return parts
+        return self._look(b"".join(parts))
+
+    def end(self) -> bytes:
+        rest = self._held[self._passed :]
+        self.tokens += self._skipping
+        if self._skipping or not self._held or self._keeps(self._held):
+            return rest
+        return b""
+
+    def _look(self, data: bytes) -> list[bytes]:
+        data, passed = self._held + data, self._passed
+        returns = b"\r" in data
+        out: list[bytes] = []
+        start = 0
+        while (end := _event_end(data, start, returns=returns)) > 0:
+            if self._skipping:
+                self._skipping, keeps = False, True
+                self.tokens += 1
+            else:
+                keeps = self._keeps(data[start:end])
+            if keeps:
+                out.append(data[max(start, passed) : end])
+            start = end
+        self._rest(data, start, passed, out)
+        self._idle = not (self._held or self._skipping or self._on_id)
+        return out
+
+    def _rest(self, data: bytes, start: int, passed: int, out: list[bytes]) -> None:
+        """An event that is not complete: ``data`` from ``start`` on."""
+        rest = data[start:]
+        self._skipping = bool(rest) and (self._skipping or self._is_dull(rest))
+        if rest and self._drops and not self._skipping:
+            self._held, self._passed = rest, 0
+            return
+        if len(data) > max(start, passed):
+            out.append(data[max(start, passed) :])
+        self._held = rest[-3:] if self._skipping else rest[-LOOK_BYTES:]
+        self._passed = len(self._held)
+
+    def _is_dull(self, rest: bytes) -> bool:
+        """Whether an event that begins like ``rest`` cannot be the one to drop. Others are watched as they pass."""
+        if not self._drops:
+            return False
+        begins = rest.startswith(b"data:") or b"data:".startswith(rest)
+        return not begins or len(rest) > LOOK_BYTES or _HAS_CHOICES.search(rest) is not None
+
+    def _keeps(self, event: bytes) -> bool:
+        """Take in a whole event (or its end, when it was too long). False: it is not for the client."""
+        self.tokens += 1
+        if self._on_id is not None:
+            found = _RESPONSE_ID.search(event)
+            if found is not None:
+                self._on_id(found[1].decode())
+                self._on_id = None
+        if _MARK not in event:
+            return True
+        usage = _usage_at_end(event, self._depths)
+        if usage is None:
+            return True
+        self.usage = read_usage(usage, self.usage)
+        extra = self._drops and _NO_CHOICES.search(event) is not None
+        self.tokens -= extra
+        return not extra
+
+
+class BodyTap:
+    """A JSON object that comes whole: counts nothing until it ends."""
+
+    __slots__ = ("_head", "_on_id", "_room", "_tail", "tokens", "usage")
+
+    def __init__(self, on_id: OnId | None = None) -> None:
+        self._head: list[bytes] = []
+        self._room = LOOK_BYTES
+        self._tail = b""
+        self._on_id = on_id
+        self.tokens = 0
+        self.usage: Usage | None = None
+
+    def feed(self, parts: list[bytes]) -> list[bytes]:
+        for part in parts:
+            if self._room > 0:
+                self._head.append(part[: self._room])
+                self._room -= len(part)
+            self._tail = part[-LOOK_BYTES:] if len(part) >= LOOK_BYTES else (self._tail + part)[-LOOK_BYTES:]
+        return parts
+
+    def end(self) -> bytes:
+        found: Mapping[str, Any] | None = None
+        if _MARK in self._tail:
+            found = _usage_at_end(self._tail, (1,))
+        head = b"".join(self._head) if found is None or self._on_id is not None else b""
+        if found is None and _MARK in head:
+            found = _usage_at_start(head)
+        if found is not None:
+            self.usage = read_usage(found, None)
+            self.tokens = self.usage.completion_tokens if self.usage is not None else 0
+        named = _RESPONSE_ID.search(head) if self._on_id is not None else None
+        if named is not None and self._on_id is not None:
+            self._on_id(named[1].decode())
+        self._head, self._tail = [], b""
+        return b""
+
+
+def read_usage(fields: Mapping[str, Any], before: Usage | None) -> Usage | None:
+    """An engine's ``usage`` in any of its dialects. What it leaves out is as ``before`` (Anthropic's streams tell the
+    prompt first and the answer last)."""
+    prompt = _count(fields, "prompt_tokens", "input_tokens")
+    completion = _count(fields, "completion_tokens", "output_tokens")
+    if prompt is None and completion is None:
+        if before is not None:
+            return before
+        prompt = _count(fields, "total_tokens")  # rerank tells no more
+        if prompt is None:
+            return None
+    details = fields.get("prompt_tokens_details") or fields.get("input_tokens_details")
+    cached = _count(details, "cached_tokens") if isinstance(details, Mapping) else None
+    if cached is None:
+        cached = _count(fields, "cache_read_input_tokens")
+    old = before or Usage(0, 0)
+    return Usage(
+        old.prompt_tokens if prompt is None else prompt,
+        old.completion_tokens if completion is None else completion,
+        old.cached_tokens if cached is None else cached,
+    )
+
+
+def _count(fields: Mapping[str, Any], *names: str) -> int | None:
+    for name in names:
+        value = fields.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_TOKENS:
+            return value
+    return None
+
+
+def _event_end(data: bytes, start: int, *, returns: bool) -> int:
+    """Where the event at ``start`` ends, its empty line included; -1: not yet. ``returns``: there are CRs, so that the
+    slower look is needed and a CR at the end may be half of a line end."""
+    if not returns:
+        at = data.find(_END_LF, start)
+        return at if at < 0 else at + 2
+    found = _END.search(data, start)
+    if found is None or (found.end() == len(data) and data.endswith(b"\r")):
+        return -1
+    return found.end()
+
+
+def _usage_at_end(text: bytes, depths: tuple[int, ...]) -> Mapping[str, Any] | None:
+    """The ``usage`` of the JSON object that ``text`` ends with, where it lies at one of these depths. That is checked
+    by what follows it: exactly so many objects are closed. Text inside strings is never taken for it, because there
+    the quotes are escaped."""
+    end = text.rstrip()
+    at = len(end)
+    for _ in range(_TRIES):
+        at = end.rfind(_MARK, 0, at)
+        if at < 0:
+            return None
+        for depth in depths:
+            value = _loads(b'{"":' * (depth - 1) + b"{" + end[at:])
+            for _ in range(depth - 1):
+                value = value.get("") if isinstance(value, dict) else None
+            if isinstance(value, dict) and isinstance(value.get("usage"), dict):
+                usage: dict[str, Any] = value["usage"]
+                return usage
+    return None
+
+
+def _usage_at_start(text: bytes) -> Mapping[str, Any] | None:
+    """The ``usage`` of the JSON object that ``text`` begins with, among its first members."""
+    at = -1
+    for _ in range(_TRIES):
+        at = text.find(_MARK, at + 1)
+        if at < 0:
+            return None
+        if isinstance(_loads(text[:at] + b'"":0}'), dict):
+            value = _loads_first(text[at:])
+            return value if isinstance(value, dict) else None
+    return None
+
+
+def _loads(text: bytes) -> Any:
+    try:
+        return json.loads(text.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _loads_first(text: bytes) -> Any:
+    plain = text.decode("utf-8", "replace")
+    colon = _VALUE.match(plain)
+    try:
+        return _decode(plain, colon.end())[0] if colon is not None else None
+    except (ValueError, RecursionError):
+        return None
