@@ -3,7 +3,7 @@
 Others' use is what makes a free GPU busy. It is judged so:
 
 1. nobody of ours is on the GPU: all memory in use but that of processes which only draw
-2. ours are there, and process ids mean something and all of ours are known: the memory of the other processes
+2. ours are there, processes are seen, their ids mean something and all of ours are known: the memory of the others
 3. ours are there otherwise: memory in use minus our own claims, and nobody is named
 
 In a pid namespace the driver's process ids mean nothing, so nobody is named there (``Snapshot.pids_trusted``).
@@ -86,7 +86,7 @@ def others_use(
     named = tuple(computing) if pids_trusted else ()
     if not claimed_milli:
         return in_use, named  # 1
-    if pids_trusted and own_pids is not None and all(p.used_bytes is not None for p in computing):
+    if computing and pids_trusted and own_pids is not None and all(p.used_bytes is not None for p in computing):
         foreign = tuple(p for p in computing if p.pid not in own_pids)
         return sum(p.used_bytes or 0 for p in foreign), foreign  # 2
     return max(0, in_use - reading.gpu.total_bytes * claimed_milli // 1000), ()  # 3

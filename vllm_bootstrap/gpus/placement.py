@@ -1,6 +1,6 @@
 """Which GPUs does a launch get? Wish, readings and claims in, placement or refusal out. PURE.
 
-Every wish resolves to exactly one outcome, in this order:
+For one launch; several at once are placed by ``replicas``. Every wish resolves to exactly one outcome, in this order:
 
 1. no device can be judged → ``GpuUnknown``
 2. the wish cannot be met on this machine, or the tensor parallel size does not fit the model → ``BadRequest`` with
@@ -60,26 +60,25 @@ def place(
 
     Raises ``GpuUnknown``, ``GpuConflict`` and ``BadRequest``.
     """
-    if snapshot.unknown is not None:  # 1
-        raise GpuUnknown(f"The GPUs cannot be judged right now: {snapshot.unknown}.", retry_after=UNKNOWN_RETRY_S)
+    refuse_unjudged(snapshot)  # 1
     if snapshot.kind == "cpu":
-        _refuse_gpu_wishes_on_cpu(wish)
+        refuse_what_cpu_has_not(wish)
     milli = share_milli(wish, snapshot)
-    named = None if wish.gpu_ids is None else _named(wish.gpu_ids, snapshot)  # 2
+    named = None if wish.gpu_ids is None else named_gpus(wish.gpu_ids, snapshot)  # 2
     count = _count(wish, snapshot, named)
-    tensor, pipeline = _parallel(wish, count, len(snapshot.gpus), heads)
-    found = [
-        _candidate(r, assess(r, snapshot, ledger, unsettled, busy_bytes=busy_bytes, own_pids=own_pids), ledger, milli)
-        for r in named or snapshot.gpus
-    ]
+    tensor, pipeline = parallel_sizes(wish, count, len(snapshot.gpus), heads)
+    found = candidates(
+        named or snapshot.gpus, snapshot, ledger, unsettled, milli, busy_bytes=busy_bytes, own_pids=own_pids
+    )
     chosen = found if count == len(found) else _best(found, count)  # 4
     _refuse_unless_free(chosen)  # 3
     return Placement(snapshot.kind, tuple(c.reading.gpu for c in chosen), milli, tensor, pipeline)
 
 
 @dataclass(frozen=True, slots=True)
-class _Candidate:
-    """A GPU and what speaks against it, None when it has room. ``unknown``: only that nothing is known about it."""
+class Candidate:
+    """A GPU and what speaks against it, None when it has room for one claim. ``unknown``: only that nothing is known
+    about it. ``claimed_milli``: what launches own of it."""
 
     reading: GpuReading
     condition: Condition
@@ -88,7 +87,30 @@ class _Candidate:
     claimed_milli: int
 
 
-def _candidate(reading: GpuReading, condition: Condition, ledger: Ledger, milli: int) -> _Candidate:
+def refuse_unjudged(snapshot: Snapshot) -> None:
+    """Raise ``GpuUnknown`` when no device can be judged at all."""
+    if snapshot.unknown is not None:
+        raise GpuUnknown(f"The GPUs cannot be judged right now: {snapshot.unknown}.", retry_after=UNKNOWN_RETRY_S)
+
+
+def candidates(
+    readings: Sequence[GpuReading],
+    snapshot: Snapshot,
+    ledger: Ledger,
+    unsettled: Mapping[str, str],
+    milli: int,
+    *,
+    busy_bytes: int,
+    own_pids: frozenset[int] | None,
+) -> list[Candidate]:
+    """Each of ``readings`` judged for a claim of ``milli`` thousandths, in the order given."""
+    return [
+        _judged(r, assess(r, snapshot, ledger, unsettled, busy_bytes=busy_bytes, own_pids=own_pids), ledger, milli)
+        for r in readings
+    ]
+
+
+def _judged(reading: GpuReading, condition: Condition, ledger: Ledger, milli: int) -> Candidate:
     gpu = reading.gpu
     taken = ledger.claimed_milli(gpu.uuid)
     name = f"GPU {gpu.index} ({gpu.uuid})"
@@ -100,33 +122,34 @@ def _candidate(reading: GpuReading, condition: Condition, ledger: Ledger, milli:
     elif condition.state not in {GpuState.FREE, GpuState.CLAIMED} or condition.is_busy:
         refusal = f"{name} {condition.reason}"
         unknown = condition.state is GpuState.UNKNOWN
-    return _Candidate(reading, condition, refusal, unknown, taken)
+    return Candidate(reading, condition, refusal, unknown, taken)
 
 
-def _refuse_unless_free(chosen: Sequence[_Candidate]) -> None:
+def _refuse_unless_free(chosen: Sequence[Candidate]) -> None:
     refused = [c for c in chosen if c.refusal is not None]
     if not refused:
         return
     message = "; ".join(str(c.refusal) for c in refused)
     if all(c.unknown for c in refused):
-        raise GpuUnknown(f"{message}.", retry_after=UNKNOWN_RETRY_S, details={"gpus": _details(refused)})
-    raise GpuConflict(f"{message}.", param="gpu_ids", details={"gpus": _details(refused)})
+        raise GpuUnknown(f"{message}.", retry_after=UNKNOWN_RETRY_S, details={"gpus": details_of(refused)})
+    raise GpuConflict(f"{message}.", param="gpu_ids", details={"gpus": details_of(refused)})
 
 
-def _best(candidates: Sequence[_Candidate], count: int) -> list[_Candidate]:
+def _best(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
     """The ``count`` GPUs to take: fullest first among those with room, so that whole ones stay whole; then by index."""
     free = sorted((c for c in candidates if c.refusal is None), key=lambda c: (-c.claimed_milli, c.reading.gpu.index))
     if len(free) >= count:
         return sorted(free[:count], key=lambda c: c.reading.gpu.index)
     refused = [c for c in candidates if c.refusal is not None]
     message = f"{count} GPUs are wanted, {len(free)} free: " + "; ".join(str(c.refusal) for c in refused)
-    details = {"gpus": _details(refused)}
+    details = {"gpus": details_of(refused)}
     if len(free) + sum(c.unknown for c in refused) >= count:
         raise GpuUnknown(f"{message}.", retry_after=UNKNOWN_RETRY_S, details=details)
     raise GpuConflict(f"{message}.", param="gpu_count", details=details)
 
 
-def _details(refused: Sequence[_Candidate]) -> list[dict[str, object]]:
+def details_of(refused: Sequence[Candidate]) -> list[dict[str, object]]:
+    """What speaks against GPUs, for the error object."""
     return [
         {
             "uuid": c.reading.gpu.uuid,
@@ -142,7 +165,8 @@ def _details(refused: Sequence[_Candidate]) -> list[dict[str, object]]:
     ]
 
 
-def _named(gpu_ids: Sequence[int | str], snapshot: Snapshot) -> list[GpuReading]:
+def named_gpus(gpu_ids: Sequence[int | str], snapshot: Snapshot) -> list[GpuReading]:
+    """The GPUs of these indices and UUIDs, in that order. Raises ``BadRequest``."""
     by_name = {str(r.gpu.index): r for r in snapshot.gpus} | {r.gpu.uuid.lower(): r for r in snapshot.gpus}
     found = []
     for wanted in gpu_ids:
@@ -173,7 +197,7 @@ def _count(wish: PlacementWish, snapshot: Snapshot, named: Sequence[GpuReading] 
     return count
 
 
-def _parallel(wish: PlacementWish, gpus: int, available: int, heads: int | None) -> tuple[int, int]:
+def parallel_sizes(wish: PlacementWish, gpus: int, available: int, heads: int | None) -> tuple[int, int]:
     """Tensor and pipeline parallel size. Their product is the number of GPUs, and tensor divides the heads."""
     pipeline = wish.pipeline_parallel_size or 1
     tensor = wish.tensor_parallel_size or gpus // pipeline
@@ -193,7 +217,8 @@ def _parallel(wish: PlacementWish, gpus: int, available: int, heads: int | None)
     return tensor, pipeline
 
 
-def _refuse_gpu_wishes_on_cpu(wish: PlacementWish) -> None:
+def refuse_what_cpu_has_not(wish: PlacementWish) -> None:
+    """Raise ``BadRequest`` for a wish that only GPUs could meet."""
     if wish.gpu_share is not None:
         raise BadRequest("This machine has no NVIDIA GPU: gpu_share means nothing here.", param="gpu_share")
     for field in ("gpu_count", "tensor_parallel_size", "pipeline_parallel_size"):

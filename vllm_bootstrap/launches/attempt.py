@@ -16,14 +16,24 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from vllm_bootstrap.engines import probe
-from vllm_bootstrap.engines.base import Engine, EngineCommand, EngineContext, FailureClass, LaunchSpec, Placement
+from vllm_bootstrap.engines.base import (
+    Engine,
+    EngineCommand,
+    EngineContext,
+    FailureClass,
+    LaunchSpec,
+    Placement,
+    Traits,
+)
 from vllm_bootstrap.errors import StorageFailed
 from vllm_bootstrap.launches import observing
 from vllm_bootstrap.launches.config import SupervisorConfig
 from vllm_bootstrap.launches.context import ContextMaker
+from vllm_bootstrap.launches.described import row_of
 from vllm_bootstrap.launches.downloads import blobs_dir
 from vllm_bootstrap.launches.durably import durably
 from vllm_bootstrap.launches.ending import Outcome
@@ -59,7 +69,7 @@ class Post:
 
 @dataclass(frozen=True, slots=True)
 class AttemptDeps:
-    """What attempts share."""
+    """What attempts share. ``on_counters``: what the engine of a ready launch counts, whenever it was asked."""
 
     config: SupervisorConfig
     store: LaunchStore
@@ -67,6 +77,7 @@ class AttemptDeps:
     gate: StartGate
     gpus: GpuRelease
     contexts: ContextMaker
+    on_counters: Callable[[str, probe.Counters], None] = lambda _launch_id, _counters: None
 
 
 class StoppedBeforeStart(Exception):
@@ -90,6 +101,7 @@ class Attempt:
         estimate_s: float | None = None,
         adopted: Shim | None = None,
         adopted_endpoint: Endpoint | None = None,
+        adopted_traits: Traits | None = None,
         adopted_ready: bool = False,
         finished: ExitRecord | None = None,
         lost: tuple[FailureClass, str] | None = None,
@@ -99,6 +111,7 @@ class Attempt:
         self.launch_id, self.number = launch_id, number
         self.spec, self.placement, self.engine = spec, placement, engine
         self.endpoint = adopted_endpoint
+        self.traits = adopted_traits or engine.traits(spec)
         self.progress = StartProgress(time.monotonic(), estimate_s)
         self.pid = adopted.engine.pid if adopted and adopted.engine else None
         self.shim_pid = adopted.handle.identity.pid if adopted else None
@@ -212,7 +225,9 @@ class Attempt:
         context = deps.contexts.make(self.launch_id, self.number, run_dir, needs_port=needs_port)
         command = self.engine.command(self.spec, placement, context)
         self.endpoint = command.endpoint
-        await deps.store.save_attempt(self.launch_id, self.number, endpoint=endpoint_row(command.endpoint))
+        self.traits = self.engine.traits(self.spec)
+        described = row_of(command.endpoint, self.traits)
+        await deps.store.save_attempt(self.launch_id, self.number, endpoint=described)
         if command.argv is None:
             return
         shim = await deps.host.spawn(self.launch_id, self.number)
@@ -328,7 +343,7 @@ class Attempt:
         longest_look_s = 2 * config.probe_timeout_s + probe.TASK_TIMEOUT_S + READY_POLL_S + SLACK_S
         looked_at = time.monotonic()
         while not self._stop.is_set():
-            name, path = self.spec.served_model_name, self.engine.traits(self.spec).health_path
+            name, path = self.spec.served_model_name, self.traits.health_path
             reason = await probe.ready(self.endpoint, name, config.probe_timeout_s, health_path=path)
             now = time.monotonic()
             self.progress.moved_at = min(now, self.progress.moved_at + unwatched_s(looked_at, now, longest_look_s))
@@ -357,9 +372,10 @@ class Attempt:
         longest_gap_s = config.probe_interval_s + 2 * config.probe_timeout_s + SLACK_S
         liveness = Liveness(moved_at=time.monotonic(), longest_gap_s=longest_gap_s)
         flagged = False
+        tell = partial(self._deps.on_counters, self.launch_id)
         while not self._stop.is_set():
             await asyncio.sleep(config.probe_interval_s)
-            sample = await observing.sample(self.endpoint, self.engine.traits(self.spec), config.probe_timeout_s)
+            sample = await observing.sample(self.endpoint, self.traits, config.probe_timeout_s, tell)
             liveness = liveness.observe(sample)
             verdict = liveness.verdict(
                 sample.at,
@@ -377,8 +393,3 @@ class Attempt:
 def _how_it_ended(record: ExitRecord) -> Event:
     # A stop that was asked for but not yet written down when the daemon died is still the operator's wish.
     return Event.STOP_REQUESTED if record.stop_requested else Event.MAIN_EXITED
-
-
-def endpoint_row(endpoint: Endpoint) -> dict[str, object]:
-    """What of an endpoint may lie in the database: everything but the credential."""
-    return {k: v for k, v in asdict(endpoint).items() if k != "credential"}

@@ -37,6 +37,7 @@ class SupervisorConfig:
     restart_backoff_max_s: float
     restart_reset_s: float
     ended_launches_kept: int
+    replicas_max: int
     log_segment_bytes: int
     log_max_bytes: int
     ended_logs_max_bytes: int

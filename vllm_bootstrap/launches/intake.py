@@ -1,4 +1,4 @@
-"""A launch request as the first row of its story: id, times, restart wish. Brings clock and chance, decides nothing."""
+"""A launch request as the first rows of its story: ids, times, restart wish. Brings clock and chance, no decisions."""
 
 from __future__ import annotations
 
@@ -13,29 +13,38 @@ from vllm_bootstrap.launches.store import LaunchRow
 from vllm_bootstrap.launches.types import LaunchOrder
 
 
-def new_row(order: LaunchOrder, spec: LaunchSpec, owner_id: str, node_id: str) -> LaunchRow:
-    """The row of a launch that is about to be accepted, under a fresh id. A single launch is its own group."""
+def new_rows(order: LaunchOrder, spec: LaunchSpec, owner_id: str, node_id: str, count: int) -> list[LaunchRow]:
+    """The rows of launches that are about to be accepted, under fresh ids, in the order of these. A single launch is
+    its own group; replicas, were it only one, get a group id."""
     now = time.time()
-    launch_id = ids.new_id("l", int(now * 1000), secrets.token_bytes(ids.RANDOM_BYTES))
-    return LaunchRow(
-        id=launch_id,
-        node_id=node_id,
-        owner_id=owner_id,
-        group_id=launch_id,
-        model=spec.model,
-        engine=spec.engine,
-        served_model_name=spec.served_model_name,
-        spec=asdict(spec),
-        labels=dict(order.labels),
-        restart=_restart(order),
-        phase=lifecycle.BOOTSTRAPPING,
-        attempt=1,
-        created_at=now,
-        changed_at=now,
-        ended_at=None,
-        failure=None,
-        transitions={lifecycle.State.BOOTSTRAPPING.value: now},
-    )
+    launch_ids = sorted(_fresh("l", now) for _ in range(count))
+    group_id = launch_ids[0] if order.replicas == 1 else _fresh("g", now)
+    return [
+        LaunchRow(
+            id=launch_id,
+            node_id=node_id,
+            owner_id=owner_id,
+            group_id=group_id,
+            model=spec.model,
+            engine=spec.engine,
+            served_model_name=spec.served_model_name,
+            spec=asdict(spec),
+            labels=dict(order.labels),
+            restart=_restart(order),
+            phase=lifecycle.BOOTSTRAPPING,
+            attempt=1,
+            created_at=now,
+            changed_at=now,
+            ended_at=None,
+            failure=None,
+            transitions={lifecycle.State.BOOTSTRAPPING.value: now},
+        )
+        for launch_id in launch_ids
+    ]
+
+
+def _fresh(prefix: str, now: float) -> str:
+    return ids.new_id(prefix, int(now * 1000), secrets.token_bytes(ids.RANDOM_BYTES))
 
 
 def _restart(order: LaunchOrder) -> dict[str, object]:

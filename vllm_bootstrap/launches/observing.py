@@ -20,12 +20,19 @@ log = logging.getLogger(__name__)
 PROGRESS_POLL_S = 1.0
 
 
-async def sample(endpoint: Endpoint, traits: Traits, timeout_s: float) -> Sample:
-    """One look at a ready engine; takes up to twice ``timeout_s``. What cannot be read is None, never an error."""
+async def sample(
+    endpoint: Endpoint,
+    traits: Traits,
+    timeout_s: float,
+    on_counters: Callable[[probe.Counters], None] = lambda _counters: None,
+) -> Sample:
+    """One look at a ready engine; takes up to twice ``timeout_s``. What cannot be read is None, never an error. All
+    its counters, where they could be read, go to ``on_counters`` as well: the engine is asked once for everybody."""
     healthy = await probe.healthy(endpoint, timeout_s, health_path=traits.health_path)
     counters = await probe.counters(endpoint, timeout_s) if traits.has_metrics else None
     if counters is None:
         return Sample(time.monotonic(), healthy, traits.has_metrics)
+    on_counters(counters)
     known = [c for c in (counters.generation_tokens, counters.prompt_tokens) if c is not None]
     return Sample(time.monotonic(), healthy, traits.has_metrics, counters.running, sum(known) if known else None)
 

@@ -89,18 +89,17 @@ class LaunchOwner:
 
     # -- what others may ask ------------------------------------------------------------------------------------
 
-    async def stop(self, *, force: bool) -> StopOutcome:
-        """Ask for the end and wait for it. Idempotent. Cancelling the caller does not cancel the stop."""
-        self.wish_stop(force=force)
-        await self.ended.wait()
-        return self.stop_outcome()
-
     def wish_stop(self, *, force: bool) -> None:
-        """Ask for the end without waiting. It begins at once, also while the task waits for a full disk."""
+        """Ask for the end without waiting. It begins at once, also while the task waits for a full disk. Idempotent."""
         self._withdraw()
         if self.attempt is not None:
             self.attempt.request_stop(force=force)
         self._inbox.put_nowait(StopWish(force))
+
+    async def stopped(self) -> StopOutcome:
+        """Wait for the end. Cancelling the caller does not cancel the stop."""
+        await self.ended.wait()
+        return self.stop_outcome()
 
     def stop_outcome(self) -> StopOutcome:
         outcome = self.outcome

@@ -16,7 +16,7 @@ import signal
 import socket
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,6 +156,15 @@ class ProcessHost:
             if killed.pids:
                 swept.append(Leftover(launch_id, number, tuple(sorted(killed.pids)), killed.gone))
         return swept
+
+    async def trees(self, shims: Iterable[int]) -> frozenset[int]:
+        """Everything that lives below these shims now, themselves included."""
+
+        def look() -> frozenset[int]:
+            roots = frozenset(shims)
+            return roots | procfs.descendants(roots, procfs.all_processes())
+
+        return await asyncio.to_thread(look)
 
     def cleanup(self, launch_id: str, attempt: int) -> None:
         """Remove an ended attempt's run directory and private TMPDIR. Idempotent. Blocks on the disk."""

@@ -28,6 +28,16 @@ UPDATE launches SET
   failure = :failure, transitions = :transitions
 WHERE id = :id AND state = :from_state AND why IS :from_why AND attempt = :attempt;
 
+-- name: hand_keys_on
+-- The answer to a create that made a group is kept as long as any launch of the group is.
+UPDATE idempotency_keys SET launch_id = (
+  SELECT other.id FROM launches AS gone JOIN launches AS other ON other.group_id = gone.group_id
+  WHERE gone.id = :id AND other.id <> :id ORDER BY other.id LIMIT 1
+) WHERE launch_id = :id AND EXISTS (
+  SELECT 1 FROM launches AS gone JOIN launches AS other ON other.group_id = gone.group_id
+  WHERE gone.id = :id AND other.id <> :id
+);
+
 -- name: delete_launch
 DELETE FROM launches WHERE id = :id;
 
@@ -40,6 +50,10 @@ VALUES (:launch_id, :attempt, :at, :event, :from_state, :to_state, :detail);
 
 -- name: events
 SELECT * FROM launch_events WHERE launch_id = :launch_id AND seq > :after_seq ORDER BY seq LIMIT :limit;
+
+-- name: group_events
+SELECT * FROM launch_events WHERE launch_id IN (SELECT id FROM launches WHERE group_id = :group_id)
+AND seq > :after_seq ORDER BY seq LIMIT :limit;
 
 -- name: attempts
 SELECT * FROM attempts WHERE launch_id = :launch_id ORDER BY attempt;

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_bootstrap.engines.base import Gpu, LaunchSpec, Placement
 from vllm_bootstrap.errors import ApiError
@@ -22,14 +22,24 @@ from vllm_bootstrap.gpus.ledger import Ledger
 from vllm_bootstrap.launches import recovery
 from vllm_bootstrap.launches.attempt import Attempt, AttemptDeps
 from vllm_bootstrap.launches.context import ContextMaker
+from vllm_bootstrap.launches.described import traits_in
 from vllm_bootstrap.launches.gpu_release import GpuRelease
 from vllm_bootstrap.launches.lifecycle import BOOTSTRAPPING, State
 from vllm_bootstrap.launches.owner import LaunchOwner
-from vllm_bootstrap.launches.process import ProcessHost, Shim
+from vllm_bootstrap.launches.process import ProcessHost, Shim, ShimLost
 from vllm_bootstrap.launches.store import AttemptRow, LaunchRow, LaunchStore
 from vllm_bootstrap.launches.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
+
+
+class Resumed(NamedTuple):
+    """A launch found at start. ``stop_heard``: its shim was told to stop, though that may not be written down."""
+
+    owner: LaunchOwner
+    attempt: Attempt
+    finding: recovery.Finding
+    stop_heard: bool
 
 
 class Reconciler:
@@ -57,27 +67,27 @@ class Reconciler:
                 self._supervisor.remember_ended(row)
         self._ledger.restore(await self._store.claims())
         self._gpus.restore(await self._store.unsettled())
-        resumed: list[tuple[LaunchOwner, Attempt, recovery.Finding]] = []
+        resumed: list[Resumed] = []
         adopted: set[tuple[str, int]] = set()
         snapshot = await self._inventory.snapshot(max_age_s=0)
         for row, attempt_row in await self._store.unfinished():
-            owner, attempt, finding = await self._resume(row, attempt_row, snapshot)
-            resumed.append((owner, attempt, finding))
-            if isinstance(finding, recovery.Continue):
+            found = await self._resume(row, attempt_row, snapshot)
+            resumed.append(found)
+            if isinstance(found.finding, recovery.Continue):
                 adopted.add((row.id, row.attempt))
         swept = await self._host.sweep(adopted)
         for leftover in swept:
             log.warning("ended a process of ours that no launch knew: %s", leftover)
         # Adopted starts take their place in line for a GPU before fresh ones may begin.
-        for owner, attempt, _ in sorted(resumed, key=lambda item: not isinstance(item[2], recovery.Continue)):
-            self._supervisor.adopt_owner(owner, attempt)
-            if owner.phase.state is State.STOPPING:
-                attempt.request_stop(force=False)
+        for found in sorted(resumed, key=lambda one: not isinstance(one.finding, recovery.Continue)):
+            self._supervisor.adopt_owner(found.owner, found.attempt)
+            if found.owner.phase.state is State.STOPPING:
+                found.attempt.request_stop(force=False)
+            elif found.stop_heard:
+                found.owner.wish_stop(force=False)
             await asyncio.sleep(0)  # let the owner's task start its attempt, in this order
 
-    async def _resume(
-        self, row: LaunchRow, stored: AttemptRow | None, snapshot: Snapshot
-    ) -> tuple[LaunchOwner, Attempt, recovery.Finding]:
+    async def _resume(self, row: LaunchRow, stored: AttemptRow | None, snapshot: Snapshot) -> Resumed:
         spec = LaunchSpec(**row.spec)
         placement = await self._placement(row, stored, snapshot)
         engine = self._supervisor.engines.get(row.engine) or self._supervisor.engines["vllm"]
@@ -105,7 +115,7 @@ class Reconciler:
             await engine.check(spec, placement)
         owner = LaunchOwner(self._supervisor.owner_deps, row, spec, placement, engine)
         attempt = self._attempt(owner, stored, finding, shim)
-        return owner, attempt, finding
+        return Resumed(owner, attempt, finding, shim is not None and await _heard_stop(shim))
 
     async def _next_attempt(self, row: LaunchRow) -> LaunchRow:
         await self._host.kill_marked(row.id, row.attempt)
@@ -136,12 +146,16 @@ class Reconciler:
                     lost=(kind, message), baseline=baseline, adopted_ready=was_ready,
                 )  # fmt: skip
             case recovery.Continue():
-                if shim is None:  # external: where it listens is the engine's own knowledge
+                traits = engine.traits(spec)
+                if shim is not None:
+                    traits = traits_in(stored.endpoint if stored else None, traits)
+                else:  # external: where it listens, and what it is, is the engine's own knowledge
                     context = self._contexts.make(row.id, number, self._host.run_dir(row.id, number), needs_port=False)
                     endpoint = engine.command(spec, placement, context).endpoint
                 return Attempt(
                     deps, row.id, number, spec, placement, engine, owner.post,
-                    adopted=shim, adopted_endpoint=endpoint, adopted_ready=was_ready, baseline=baseline, resumed=True,
+                    adopted=shim, adopted_endpoint=endpoint, adopted_traits=traits, adopted_ready=was_ready,
+                    baseline=baseline, resumed=True,
                 )  # fmt: skip
 
     async def _placement(self, row: LaunchRow, stored: AttemptRow | None, snapshot: Snapshot) -> Placement:
@@ -156,3 +170,9 @@ class Reconciler:
             # Indices may have been permuted since; the UUID is what was claimed.
             gpus.append(current.get(remembered.uuid, remembered))
         return Placement(**{**saved, "gpus": tuple(gpus)})
+
+
+async def _heard_stop(shim: Shim) -> bool:
+    with contextlib.suppress(ShimLost, TimeoutError):
+        return bool((await shim.status()).get("stop_requested"))
+    return False

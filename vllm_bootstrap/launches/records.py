@@ -5,10 +5,11 @@ Times are unix seconds, sizes bytes. Dicts hold JSON values. Nothing here knows 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+from vllm_bootstrap.gpus.ledger import Claim
 from vllm_bootstrap.launches.lifecycle import Phase
 
 
@@ -35,6 +36,14 @@ class LaunchRow:
     ended_at: float | None = None
     failure: Mapping[str, Any] | None = None
     transitions: Mapping[str, float] = field(default_factory=dict)
+
+
+class NewLaunch(NamedTuple):
+    """A launch about to be stored, with what it owns; ``placement`` is stored with the row."""
+
+    row: LaunchRow
+    claims: Sequence[Claim] = ()
+    placement: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

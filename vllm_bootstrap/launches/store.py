@@ -19,10 +19,10 @@ from vllm_bootstrap.db import Database, load_queries
 from vllm_bootstrap.errors import Conflict, GpuConflict
 from vllm_bootstrap.gpus.ledger import Claim
 from vllm_bootstrap.launches.lifecycle import TERMINAL, Phase, State, Why, owns_gpus
-from vllm_bootstrap.launches.records import AttemptRow, IdempotentReplay, LaunchRow, StaleTransition
+from vllm_bootstrap.launches.records import AttemptRow, IdempotentReplay, LaunchRow, NewLaunch, StaleTransition
 from vllm_bootstrap.launches.types import EventView
 
-__all__ = ["AttemptRow", "Claim", "IdempotentReplay", "LaunchRow", "LaunchStore", "StaleTransition"]
+__all__ = ["AttemptRow", "Claim", "IdempotentReplay", "LaunchRow", "LaunchStore", "NewLaunch", "StaleTransition"]
 
 SQL = load_queries(Path(__file__).with_name("queries.sql"))
 STARTS_COUNTED, STARTS_KEPT = 5, 20
@@ -56,28 +56,45 @@ class LaunchStore:
         event: str = "created",
         detail: Mapping[str, Any] = NO_DETAIL,
     ) -> EventView:
-        """Store launch, claims, first history row and the (owner, key, request hash) of an Idempotency-Key, all or
-        nothing. ``placement`` is stored with the row.
+        """``create_all`` for a single launch."""
+        made = await self.create_all([NewLaunch(row, claims, placement)], idempotency, event=event, detail=detail)
+        return made[0]
+
+    async def create_all(
+        self,
+        launches: Sequence[NewLaunch],
+        idempotency: tuple[str, str, str] | None = None,
+        *,
+        event: str = "created",
+        detail: Mapping[str, Any] = NO_DETAIL,
+    ) -> Events:
+        """Store launches, their claims, first history rows and the (owner, key, request hash) of an Idempotency-Key,
+        all or nothing.
 
         Raises ``GpuConflict`` naming the owners, ``IdempotentReplay`` when the key was used before.
         """
-        stored = row if placement is None else replace(row, placement=placement)
 
-        def work(conn: sqlite3.Connection) -> EventView:
+        def work(conn: sqlite3.Connection) -> Events:
             if idempotency is not None:
                 _refuse_replay(conn, idempotency)
-            conn.execute(SQL["insert_launch"], _launch_values(stored))
-            _claim(conn, row, claims)
+            told = []
+            for row, claims, placement in launches:
+                stored = row if placement is None else replace(row, placement=placement)
+                conn.execute(SQL["insert_launch"], _launch_values(stored))
+                _claim(conn, row, claims)
+                told.append(_append(conn, row.id, row.attempt, row.created_at, event, None, row.phase, detail))
             if idempotency is not None:
                 owner, key, request_hash = idempotency
+                first = launches[0].row
                 values = {"owner_id": owner, "key": key, "request_hash": request_hash}
-                conn.execute(SQL["remember_key"], {**values, "launch_id": row.id, "created_at": row.created_at})
-            return _append(conn, row.id, row.attempt, row.created_at, event, None, row.phase, detail)
+                conn.execute(SQL["remember_key"], {**values, "launch_id": first.id, "created_at": first.created_at})
+            return told
 
         return await self._db.write(work)
 
     async def idempotent(self, owner: str, key: str) -> tuple[str, str] | None:
-        """(request hash, launch id) of an earlier create with this key, None when there was none."""
+        """(request hash, launch id) of an earlier create with this key, None when there was none. Of a group, the id
+        is that of one of its launches."""
         row = await self._one("remembered_key", owner_id=owner, key=key)
         return None if row is None else (row["request_hash"], row["launch_id"])
 
@@ -194,14 +211,21 @@ class LaunchStore:
         rows = await self._all("events", launch_id=launch_id, after_seq=min(after_seq, LARGEST_SEQ), limit=limit)
         return [_to_event(row) for row in rows]
 
-    async def delete(self, launch_id: str) -> bool:
-        """Forget an ended launch with attempts and history. False when there is none; ``Conflict`` while it lives."""
+    async def group_events(self, group_id: str, after_seq: int = 0, limit: int = 1000) -> Events:
+        """Likewise of all launches of a group."""
+        rows = await self._all("group_events", group_id=group_id, after_seq=min(after_seq, LARGEST_SEQ), limit=limit)
+        return [_to_event(row) for row in rows]
+
+    async def delete(self, *launch_ids: str) -> bool:
+        """Forget ended launches with attempts and history, all or none. False when there is none; ``Conflict`` while
+        one lives."""
 
         def work(conn: sqlite3.Connection) -> bool:
-            row = _launch(conn, launch_id)
-            if row is not None and row.phase.state not in TERMINAL:
-                raise Conflict(f"Launch {launch_id} is {row.phase.state.value}: stop it before deleting it.")
-            return conn.execute(SQL["delete_launch"], {"id": launch_id}).rowcount > 0
+            for launch_id in launch_ids:
+                row = _launch(conn, launch_id)
+                if row is not None and row.phase.state not in TERMINAL:
+                    raise Conflict(f"Launch {launch_id} is {row.phase.state.value}: stop it before deleting it.")
+            return sum(_forget(conn, launch_id) for launch_id in launch_ids) > 0
 
         return await self._db.write(work)
 
@@ -210,7 +234,8 @@ class LaunchStore:
 
         def work(conn: sqlite3.Connection) -> LaunchIds:
             gone = [row["id"] for row in conn.execute(SQL["ended_beyond"], {"keep": keep_ended})]
-            conn.executemany(SQL["delete_launch"], [{"id": launch_id} for launch_id in gone])
+            for launch_id in gone:
+                _forget(conn, launch_id)
             return gone
 
         return await self._db.write(work)
@@ -271,6 +296,11 @@ def _refuse_replay(conn: sqlite3.Connection, idempotency: tuple[str, str, str]) 
     found = conn.execute(SQL["remembered_key"], {"owner_id": owner, "key": key}).fetchone()
     if found is not None:
         raise IdempotentReplay(found["launch_id"], found["request_hash"])
+
+
+def _forget(conn: sqlite3.Connection, launch_id: str) -> int:
+    conn.execute(SQL["hand_keys_on"], {"id": launch_id})
+    return conn.execute(SQL["delete_launch"], {"id": launch_id}).rowcount
 
 
 def _claim(conn: sqlite3.Connection, row: LaunchRow, claims: Sequence[Claim]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,8 @@ class ExitRecord:
 class LaunchOrder:
     """A launch request after the API has parsed it: plain values, nothing decided yet.
 
-    ``fields`` are the typed engine fields that were given. ``gpu_ids`` are indices or UUIDs.
+    ``fields`` are the typed engine fields that were given. ``gpu_ids`` are indices or UUIDs. ``replicas`` other than 1
+    asks for a group.
     """
 
     model: str
@@ -91,6 +93,7 @@ class LaunchOrder:
     restart_policy: str = "never"
     restart_max_attempts: int | None = None
     restart_backoff_s: float | None = None
+    replicas: int | Literal["per_gpu"] = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,8 @@ class FailureView:
 
 @dataclass(frozen=True, slots=True)
 class LaunchView:
-    """A snapshot of one launch for readers. Advice only: decisions are made by the owner task. Times: unix seconds."""
+    """A snapshot of one launch for readers. Advice only: decisions are made by the owner task. Times: unix seconds.
+    ``group_size``: how many launches its group has, itself included."""
 
     launch_id: str
     group_id: str
@@ -150,6 +154,21 @@ class LaunchView:
     progress: ProgressView | None
     failure: FailureView | None
     capacity: int | None
+    group_size: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GroupView:
+    """A snapshot of replicas that were launched together. ``members`` are oldest first, never none; what the whole is
+    said to be follows from them (see ``groups``)."""
+
+    group_id: str
+    state: str
+    unresponsive: bool
+    ready: int
+    changed_at: float
+    failure: FailureView | None
+    members: tuple[LaunchView, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +187,10 @@ class EventView:
 
 @dataclass(frozen=True, slots=True)
 class StopOutcome:
+    """``launch_id`` is the id that was to be stopped; for a group ``members`` says how each of its launches fared."""
+
     launch_id: str
     state: str
     forced: bool | None
     unsettled_gpus: tuple[str, ...]
+    members: tuple[StopOutcome, ...] = ()

@@ -74,7 +74,7 @@ def of_owner(owner: LaunchOwner) -> LaunchView:
         pid=attempt.pid if attempt else None,
         shim_pid=attempt.shim_pid if attempt else None,
         progress=_progress(owner),
-        capacity=owner.engine.traits(owner.spec).slots,
+        capacity=(attempt.traits if attempt else owner.engine.traits(owner.spec)).slots,
     )
 
 
@@ -105,7 +105,7 @@ def _instance(owner: LaunchOwner) -> Instance | None:
         return None
     if not is_routable(row.phase, unresponsive=owner.unresponsive):
         return None
-    traits = owner.engine.traits(owner.spec)
+    traits = attempt.traits
     return Instance(
         launch_id=row.id,
         group_id=row.group_id,
@@ -119,4 +119,5 @@ def _instance(owner: LaunchOwner) -> Instance | None:
         priority_field=traits.priority_field,
         refuses_http_media=traits.refuses_http_media,
         node_id=row.node_id,
+        health_path=traits.health_path,
     )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 from tests.support.aio import eventually, run
 from tests.support.world import World
+from vllm_bootstrap.engines.simulator_engine import SimulatorEngine
 from vllm_bootstrap.launches import lifecycle
 
 
@@ -50,6 +52,26 @@ def test_stopping_launch_completes():
             found = await world.until(view.launch_id, "stopped")
             assert found.failure is None
             assert world.ledger.owners("GPU-mock-0") == ()
+
+    run(main())
+
+
+def test_a_stop_that_reached_the_engine_but_not_the_disk_is_still_a_stop():
+    async def main():
+        world = await World(stop_grace_s=2).__aenter__()
+        view = await world.ready(knobs={"slow-stop": 1}, restart_policy="on-failure")
+
+        async def never(*_args, **_kwargs):
+            await asyncio.Event().wait()
+
+        world.store.transition = never
+        await world.supervisor.stop(view.launch_id, wait=False)
+        telling = world.supervisor._owners[view.launch_id].attempt._stopping
+        await eventually(lambda: telling and all(task.done() for task in telling.values()))
+        assert (await world.store.get(view.launch_id)).phase == lifecycle.READY
+        async with await world.restart() as world:
+            found = await world.until(view.launch_id, "stopped")
+            assert (found.failure, found.attempt) == (None, 1)
 
     run(main())
 
@@ -152,5 +174,30 @@ def test_terminal_launches_are_remembered():
             assert found.state == lifecycle.State.STOPPED.value
             assert world.supervisor.list(include_ended=False) == []
             assert len(world.supervisor.list(include_ended=True)) == 1
+
+    run(main())
+
+
+class NewerSimulator(SimulatorEngine):
+    """As if what lies on the disk had been replaced: other routes, slots and priority support."""
+
+    def traits(self, spec):
+        return replace(super().traits(spec), routes=(), slots=99, priority_header=False, health_path="/new")
+
+
+def test_a_running_engine_stays_what_it_was_when_another_version_lies_on_the_disk():
+    async def main():
+        world = await World().__aenter__()
+        view = await world.ready(restart_policy="on-failure")
+        before = world.adverts[view.launch_id].instance
+        world = await world.restart()
+        world._engines = {"simulator": NewerSimulator()}
+        async with world:
+            assert world.adverts[view.launch_id].instance == before
+            assert world.supervisor.get(view.launch_id).capacity == before.slots
+            os.kill(view.pid, signal.SIGKILL)
+            await eventually(lambda: world.supervisor.get(view.launch_id).attempt == 2)
+            await eventually(lambda: world.supervisor.get(view.launch_id).pid is not None)
+            assert world.supervisor.get(view.launch_id).capacity == 99
 
     run(main())

@@ -219,6 +219,33 @@ def test_conflicts_name_the_owner_and_sharing_needs_both():
     run(main())
 
 
+def test_an_engine_that_takes_more_than_its_share_is_not_taken_for_a_stranger():
+    """Where processes can be seen, ours are known by their trees, and a stranger by not being in one."""
+
+    async def main():
+        async with World() as world:
+            half = {"gpu_ids": (0,), "gpu_count": None, "gpu_share": 0.5}
+            view = await world.ready(**half, knobs={"fork-setsid-child": True})
+            used, stranger = 60 << 30, {"uuid": "GPU-mock-0", "pid": os.getpid(), "used_bytes": 2 << 30}
+            world.inventory.set_used("GPU-mock-0", used)
+            own = await world.supervisor.own_pids(await world.inventory.snapshot())
+            assert own is None, "nobody is seen there"
+            ours = {"uuid": "GPU-mock-0", "pid": view.pid, "used_bytes": used}
+            world.inventory.set_processes(ours, stranger)
+            own = await world.supervisor.own_pids(await world.inventory.snapshot())
+            assert {view.pid, view.shim_pid} <= own
+            assert os.getpid() not in own
+            with pytest.raises(GpuConflict, match=f"pid {os.getpid()}"):
+                await world.launch(**half)
+            world.inventory.set_processes(ours)
+            second = await world.launch(**half)
+            assert second.claims[0].uuid == "GPU-mock-0"
+            world.inventory.set_used("GPU-mock-0", 0)
+            world.inventory.set_processes()
+
+    run(main())
+
+
 def test_memory_that_does_not_come_back_makes_the_gpu_unsettled_until_it_does():
     async def main():
         world = await World().__aenter__()

@@ -6,6 +6,7 @@ import asyncio
 
 from tests.support.aio import eventually, run
 from tests.support.world import World
+from vllm_bootstrap.engines import probe
 from vllm_bootstrap.engines.simulator_engine import SimulatorEngine
 from vllm_bootstrap.errors import StorageFull
 
@@ -50,27 +51,15 @@ def test_a_log_that_cannot_be_read_for_progress_does_not_hinder_the_start():
     run(main())
 
 
-class LosesItsTraits(SimulatorEngine):
-    """Traits can be read until the first look at the running engine."""
+def test_an_engine_that_cannot_be_watched_is_ended_and_says_so(monkeypatch):
+    async def broken(*_args, **_kwargs):
+        raise ValueError("a bug in watching")
 
-    name = "lost"
-    armed = False
+    monkeypatch.setattr(probe, "ready", broken)
 
-    def command(self, spec, placement, context):
-        type(self).armed = True
-        return super().command(spec, placement, context)
-
-    def traits(self, spec):
-        task = asyncio.current_task()
-        if self.armed and task is not None and task.get_coro().__qualname__.startswith("Attempt._watch"):
-            raise ValueError("a bug in watching")
-        return super().traits(spec)
-
-
-def test_an_engine_that_cannot_be_watched_is_ended_and_says_so():
     async def main():
-        async with World(engines={"lost": LosesItsTraits()}) as world:
-            view = await world.launch(engine="lost")
+        async with World() as world:
+            view = await world.launch()
             view = await world.until(view.launch_id, "failed")
             assert "could not be watched" in view.failure.message
             assert world.ledger.owners("GPU-mock-0") == ()

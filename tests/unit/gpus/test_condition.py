@@ -100,6 +100,10 @@ def test_beside_our_own_processes_others_are_told_apart() -> None:
     assert not judge(reading(0, 54, process(1, 54)), claims=claims, own_pids=frozenset({1})).is_busy
 
 
+def test_where_no_process_is_seen_the_memory_counts() -> None:
+    assert judge(reading(0, 54), claims={"l1": 500}, own_pids=frozenset({1})).is_busy
+
+
 def test_a_process_of_unknown_size_leads_back_to_the_memory() -> None:
     seen = reading(0, 39, process(1, 30), process(2, None))
     condition = judge(seen, claims={"l1": 500}, own_pids=frozenset({1}))
