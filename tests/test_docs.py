@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from pydantic_core import PydanticUndefined
 
 from tests.support.control_plane import make
 from vllm_bootstrap.api.app import build_api
-from vllm_bootstrap.auth.keyfile import UNBUILT_FIELDS, Entry
+from vllm_bootstrap.auth.keyfile import Entry
 from vllm_bootstrap.auth.scopes import ALL
 from vllm_bootstrap.engines.base import FailureClass
+from vllm_bootstrap.engines.simulator.knobs import KNOBS, PROFILES
+from vllm_bootstrap.engines.simulator.stepcost import Profile
 from vllm_bootstrap.errors import BY_CODE
 from vllm_bootstrap.gateway.targets import BY_MODEL
 from vllm_bootstrap.settings import NOT_BUILT, PREFIX, Settings
@@ -53,6 +56,17 @@ def shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def test_every_knob_and_profile_field_of_the_simulator_is_documented() -> None:
+    text = page("simulator.md")
+    table = rows(text)
+    for name, knob in KNOBS.items():
+        cells = table[name.replace("_", "-")]
+        assert cells[1] == shown(knob.default)
+        assert all(choice in cells[2] for choice in knob.metadata["choices"])
+    assert {name for name in PROFILES if name in table} == set(PROFILES)
+    assert all(f"`{field.name}`" in text for field in fields(Profile))
+
+
 @pytest.mark.parametrize("field", sorted(Settings.model_fields))
 def test_every_setting_is_documented_with_its_names_and_default(field: str) -> None:
     info = Settings.model_fields[field]
@@ -77,7 +91,7 @@ def test_settings_of_unbuilt_features_are_named_as_such() -> None:
 
 def test_every_field_of_a_key_is_documented() -> None:
     _, _, section = page("configuration.md").partition("## The key file")
-    for name in {*Entry.model_fields, *UNBUILT_FIELDS}:
+    for name in Entry.model_fields:
         assert f"`{name}`" in section, name
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import resource
@@ -18,22 +19,26 @@ import socket
 import sys
 import time
 from collections.abc import Generator
+from functools import partial
 from pathlib import Path
 
 import uvicorn
 import uvloop
 
 from vllm_bootstrap import __version__, instance
+from vllm_bootstrap.activity import Activity
 from vllm_bootstrap.api.app import build_api
 from vllm_bootstrap.api.services import Services
 from vllm_bootstrap.auth.guard import Guard
 from vllm_bootstrap.auth.keys import Key, KeyRing, shared_key
 from vllm_bootstrap.auth.sessions import Sessions
-from vllm_bootstrap.configure import StartError, gateway_limits, supervisor_config
+from vllm_bootstrap.configure import StartError, budget_policy, gateway_limits, supervisor_config
 from vllm_bootstrap.db import Database
 from vllm_bootstrap.engines import build_engines
 from vllm_bootstrap.engines.base import Engine
+from vllm_bootstrap.engines.metrics_text import Counters
 from vllm_bootstrap.gateway.gateway import Gateway
+from vllm_bootstrap.gateway.limits import RequestRecord
 from vllm_bootstrap.gateway.protocol import make_protocol
 from vllm_bootstrap.gpus.inventory import Inventory, make_inventory
 from vllm_bootstrap.gpus.ledger import Ledger
@@ -47,7 +52,9 @@ from vllm_bootstrap.launches.store import LaunchStore
 from vllm_bootstrap.launches.supervisor import Supervisor
 from vllm_bootstrap.logs_setup import set_up_logging
 from vllm_bootstrap.metrics import Metrics
+from vllm_bootstrap.scheduler.budget import Budget
 from vllm_bootstrap.scheduler.gate import Gate
+from vllm_bootstrap.scheduler.signals import signals_of
 from vllm_bootstrap.settings import Settings
 from vllm_bootstrap.statedir import StateLock
 
@@ -159,6 +166,9 @@ class Daemon:
         settings, state = self._settings, self._instance
         config = self._config = supervisor_config(settings, state)
         self._db = Database.open(settings.state_dir / "state.db")
+        self._activity = Activity.open(
+            settings.state_dir / "activity.db", rows=settings.activity_rows, node_id=state.node_id
+        )
         store = LaunchStore(self._db)
         engines = self._make_engines(config.hf_home)
         runtime_dir = instance.private_dir(settings.runtime_dir)
@@ -172,11 +182,14 @@ class Daemon:
             tolerance_bytes=settings.gpu_settle_tolerance_bytes,
         )
         contexts = ContextMaker(config)
-        attempts = AttemptDeps(config, store, host, StartGate(), self._gpus, contexts)
+        attempts = AttemptDeps(config, store, host, StartGate(), self._gpus, contexts, self._tell_signals)
         self._gate = Gate(
             max_queued=settings.max_in_flight_requests,
+            max_queued_bytes=settings.max_queued_bytes,
             queue_timeout_s=settings.queue_timeout_s,
+            budget=partial(Budget, budget_policy(settings)),
             ended=lambda launch_id: self.supervisor.has_ended(launch_id),  # noqa: PLW0108 - made below
+            on_event=self._metrics.gate_event,
         )
         self.supervisor = Supervisor(
             config,
@@ -195,12 +208,24 @@ class Daemon:
             self.supervisor, store, host, ledger, self._gpus, self._inventory, contexts, attempts
         )
 
+    def _tell_signals(self, launch_id: str, counters: Counters) -> None:
+        self._gate.signals(launch_id, signals_of(counters))
+
     def _build_server(self) -> None:
         settings = self._settings
+        gateway = self._gateway = Gateway(
+            self._guard,
+            self._gate,
+            gateway_limits(settings),
+            spool_dir=instance.private_dir(settings.state_dir / "spool"),
+            on_record=self._keep_record,
+        )
         self.services = Services(
             settings=settings,
             supervisor=self.supervisor,
             gate=self._gate,
+            requests=gateway.inflight,
+            activity=self._activity,
             inventory=self._inventory,
             gpus=self._gpus,
             ledger=self._ledger,
@@ -211,13 +236,6 @@ class Daemon:
             version=__version__,
             started_at=self._started_at,
             clock=time.time,
-        )
-        gateway = self._gateway = Gateway(
-            self._guard,
-            self._gate,
-            gateway_limits(settings),
-            spool_dir=instance.private_dir(settings.state_dir / "spool"),
-            on_record=self._metrics.data_plane_request,
         )
         config = uvicorn.Config(
             build_api(self.services),
@@ -236,6 +254,10 @@ class Daemon:
         )
         self._server = _Server(config)
 
+    def _keep_record(self, record: RequestRecord) -> None:
+        self._metrics.data_plane_request(record)
+        self._activity.record(record)
+
     # -- running ------------------------------------------------------------------------------------------------
 
     async def run(self) -> int:
@@ -251,6 +273,7 @@ class Daemon:
             up = asyncio.create_task(self._server.up.wait())
             await asyncio.wait({up, serving}, return_when=asyncio.FIRST_COMPLETED)
             self._announce(listener)
+            _rest_the_garbage_collector()
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             await self._shut_down()
         finally:
@@ -261,6 +284,7 @@ class Daemon:
             background.cancel()
             stopping.cancel()
             await self.supervisor.leave()
+            await self._activity.close()
             self._inventory.close()
             self._db.close()
         return EXIT_FATAL if self._fatal is not None else 0
@@ -337,6 +361,14 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
+
+
+def _rest_the_garbage_collector() -> None:
+    # What start has made lives as long as the process: it need not be looked through for garbage ever again. What
+    # requests leave is small and freed at once but for a few cycles each, so that looking less often costs a few MB.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 10)
 
 
 def _allow_many_files(connections: int) -> None:

@@ -10,6 +10,7 @@ from vllm_bootstrap import instance
 from vllm_bootstrap.engines.environment import base_environment
 from vllm_bootstrap.gateway.limits import GatewayLimits
 from vllm_bootstrap.launches.config import SupervisorConfig
+from vllm_bootstrap.scheduler.budget import BudgetPolicy
 from vllm_bootstrap.settings import Settings
 
 
@@ -48,12 +49,22 @@ def supervisor_config(settings: Settings, state: instance.Instance) -> Superviso
         restart_backoff_max_s=settings.restart_backoff_max_s,
         restart_reset_s=settings.restart_reset_s,
         ended_launches_kept=settings.ended_launches_kept,
+        replicas_max=settings.replicas_max,
         log_segment_bytes=settings.engine_log_segment_bytes,
         log_max_bytes=settings.engine_log_max_bytes,
         ended_logs_max_bytes=settings.ended_logs_max_bytes,
         gpu_busy_bytes=settings.gpu_busy_bytes,
         gpu_settle_timeout_s=settings.gpu_settle_timeout_s,
         gpu_settle_tolerance_bytes=settings.gpu_settle_tolerance_bytes,
+    )
+
+
+def budget_policy(settings: Settings) -> BudgetPolicy:
+    """What an operator says about realtime and batch on one engine, out of the settings."""
+    return BudgetPolicy(
+        reserve_share=settings.realtime_reserve,
+        floor_share=settings.batch_floor,
+        ttft_factor=settings.realtime_ttft_factor,
     )
 
 
@@ -73,6 +84,7 @@ def gateway_limits(settings: Settings) -> GatewayLimits:
         upstream_first_byte_timeout_s=settings.upstream_first_byte_timeout_s,
         upstream_idle_timeout_s=settings.upstream_idle_timeout_s,
         upstream_keep_alive_s=settings.upstream_keep_alive_s,
+        revoked_keys_cut_streams=settings.revoked_keys_cut_streams,
     )
 
 

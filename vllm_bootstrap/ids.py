@@ -10,6 +10,7 @@ import re
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 _LAUNCH = re.compile(r"l[0-9a-hjkmnp-tv-z]{20}")
+_GROUP = re.compile(r"g[0-9a-hjkmnp-tv-z]{20}")
 RANDOM_BYTES = 7
 
 
@@ -27,3 +28,9 @@ def new_id(prefix: str, now_ms: int, random: bytes) -> str:
 def is_launch_id(text: str) -> bool:
     """Whether ``text`` has the form of a launch id (it says nothing about existence)."""
     return _LAUNCH.fullmatch(text) is not None
+
+
+def is_group_id(text: str) -> bool:
+    """Whether ``text`` has the form of the id of a group of replicas. A single launch is its own group, under its own
+    id, which has not."""
+    return _GROUP.fullmatch(text) is not None

@@ -1,11 +1,15 @@
 """All Prometheus metrics of the daemon, declared once, in a registry of their own.
 
 Invariant: every label has a bounded set of values: states, classes, status codes, route templates, GPU indices;
-never a key, a launch id or anything a client can invent. Gauges that describe the present are set at scrape time by
-``api/metrics_route.py``; counters and histograms are touched where things happen. Knows nothing of who touches them.
+never a key, a launch id or anything a client can invent; ``model`` is what launches serve. Gauges that describe the
+present are set at scrape time by ``api/metrics_route.py``; counters and histograms are touched where things happen,
+those of the data plane as plain ``tallies`` that only become metrics when somebody asks. Knows nothing of who touches
+them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import (
     CollectorRegistry,
@@ -15,18 +19,20 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.registry import Collector
 
 from vllm_bootstrap.gateway.limits import RequestRecord
 from vllm_bootstrap.launches.types import EventView
+from vllm_bootstrap.scheduler.tickets import GateEvent
+from vllm_bootstrap.tallies import SHORT_S, ClassTally, Spread, Traffic
 
 # They would be a second series for each counter, which nobody here reads.
 disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no types for it
 
 PREFIX = "vllm_bootstrap"
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
-SHORT_S = (0.001, 0.005, 0.02, 0.1, 0.5, 2, 10, 60)
-WAIT_S = (0.001, 0.01, 0.1, 0.5, 1, 5, 15, 60, 300)
 START_S = (5, 15, 30, 60, 120, 300, 600, 1200)
 
 
@@ -72,15 +78,18 @@ class Metrics:
         )
 
     def _declare_data_plane(self) -> None:
-        self.proxy_requests = self._counter(
-            "proxy_requests", "Data-plane requests by class and status (499: the client went away).", "class", "code"
-        )
-        self.proxy_first_byte = self._histogram(
-            "proxy_first_byte_seconds", "From the request to the first byte of the answer.", SHORT_S, "class"
-        )
-        self.queue_wait = self._histogram("queue_wait_seconds", "Time requests waited for a slot.", WAIT_S, "class")
+        self.traffic = Traffic()
         self.queue_depth = self._gauge("queue_depth", "Requests waiting for a slot.", "class")
+        self.queue_oldest = self._gauge("queue_oldest_seconds", "How long the oldest waiting request waits.", "class")
         self.in_flight = self._gauge("in_flight_requests", "Requests an engine is working on.", "class")
+        self.batch_allowance = self._gauge(
+            "batch_allowance_sequences", "Sequences that batch may run at once now.", "model"
+        )
+        self.batch_running = self._gauge("batch_running_sequences", "Sequences that batch runs.", "model")
+        self.realtime_reserve = self._gauge(
+            "realtime_reserve_sequences", "Slots that batch never gets, kept for realtime.", "model"
+        )
+        self.registry.register(_TrafficMetrics(self.traffic, self._note))
 
     def _note(self, name: str, kind: str, labels: tuple[str, ...], help_text: str) -> None:
         shown = ", ".join(f"`{label}`" for label in labels)
@@ -99,13 +108,12 @@ class Metrics:
         return Histogram(name, help_text, labels, namespace=PREFIX, registry=self.registry, buckets=buckets)
 
     def data_plane_request(self, record: RequestRecord) -> None:
-        """Count one finished request of the data plane. Requests refused before they had a class are class ``none``."""
-        name = record.cls or "none"
-        self.proxy_requests.labels(name, str(record.status)).inc()
-        if record.launch_id is not None:
-            self.queue_wait.labels(name).observe(record.queue_ms / 1000)
-        if record.first_byte_s is not None:
-            self.proxy_first_byte.labels(name).observe(record.first_byte_s)
+        """Count one finished request of the data plane."""
+        self.traffic.finished(record)
+
+    def gate_event(self, event: GateEvent) -> None:
+        """Count what the scheduler did with one request."""
+        self.traffic.scheduled(event)
 
     def launch_event(self, event: EventView) -> None:
         """Count what one history row of a launch tells."""
@@ -136,3 +144,104 @@ class Metrics:
     def describe(self) -> list[tuple[str, str, str, str]]:
         """Name, type, labels and meaning of each metric of ours, by name, for the docs."""
         return sorted(self._described)
+
+
+class _TrafficMetrics(Collector):
+    """The data plane's tallies as metrics, made when they are asked for."""
+
+    def __init__(self, traffic: Traffic, note: Callable[[str, str, tuple[str, ...], str], None]) -> None:
+        self._traffic = traffic
+        for family in self.describe():
+            note(*self._words(family))
+
+    @staticmethod
+    def _words(family: Metric) -> tuple[str, str, tuple[str, ...], str]:
+        name = family.name.removeprefix(f"{PREFIX}_") + ("_total" if family.type == "counter" else "")
+        labels: tuple[str, ...] = getattr(family, "_labelnames", ())
+        return name, family.type, labels, family.documentation
+
+    def describe(self) -> Iterable[Metric]:
+        return self.collect()
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._counters()
+        yield from self._histograms()
+
+    def _counters(self) -> Iterator[Metric]:
+        traffic = self._traffic
+        yield _counter(
+            "proxy_requests",
+            "Data-plane requests by class and status (499: the client went away). Class none: needs no slot, or was "
+            "turned away at the door.",
+            ("class", "code"),
+            ((name, str(status), count) for name, tally in traffic for status, count in tally.statuses.items()),
+        )
+        yield _counter(
+            "admit",
+            "What the scheduler decided: admitted, or the code of its refusal.",
+            ("class", "outcome"),
+            ((cls, outcome, count) for (cls, outcome), count in traffic.admissions.items()),
+        )
+        yield _counter(
+            "taken_back",
+            "Batch requests taken back from an engine before their first byte, to be sent again.",
+            (),
+            [(traffic.taken_back,)],
+        )
+        yield _counter(
+            "promotions",
+            "Batch requests let through before waiting realtime, to keep batch moving.",
+            (),
+            [(traffic.promotions,)],
+        )
+        yield _counter(
+            "activity_dropped",
+            "Finished requests that the history could not take.",
+            (),
+            [(traffic.history_dropped,)],
+        )
+        kinds = ("prompt", "completion")
+        yield _counter(
+            "tokens",
+            "Tokens by what the engine says it read and made.",
+            ("class", "model", "kind"),
+            (
+                (name, model, kind, count)
+                for name, tally in traffic
+                for model, counts in tally.tokens.items()
+                for kind, count in zip(kinds, counts, strict=True)
+            ),
+        )
+
+    def _histograms(self) -> Iterator[Metric]:
+        yield self._spread("queue_wait_seconds", "Time requests waited for a slot.", lambda tally: tally.wait)
+        yield self._spread(
+            "proxy_first_byte_seconds",
+            "From the grant of a slot to the first byte of the answer.",
+            lambda tally: tally.first_byte,
+        )
+        yield self._spread(
+            "ttft_seconds",
+            "Time to first token: from a request's arrival, waiting included, to the first byte of a streamed answer.",
+            lambda tally: tally.first_token,
+        )
+        yield self._spread(
+            "inter_token_seconds",
+            "Mean time between the tokens of a streamed answer, one value a request.",
+            lambda tally: tally.token_gap,
+        )
+
+    def _spread(self, name: str, help_text: str, of: Callable[[ClassTally], Spread]) -> Metric:
+        family = HistogramMetricFamily(f"{PREFIX}_{name}", help_text, labels=("class",))
+        for cls, tally in self._traffic:
+            if cls != "none":
+                spread = of(tally)
+                family.add_metric((cls,), spread.cumulated(), spread.total)
+        return family
+
+
+def _counter(name: str, help_text: str, labels: tuple[str, ...], rows: Iterable[tuple[str | int, ...]]) -> Metric:
+    family = CounterMetricFamily(f"{PREFIX}_{name}", help_text, labels=labels)
+    for *values, count in rows:
+        family.add_metric([str(value) for value in values], float(count))
+    return family

@@ -118,6 +118,7 @@ class Settings(BaseSettings):
     restart_backoff_max_s: float = Field(300, gt=0)
     restart_reset_s: float = Field(600, gt=0)
     ended_launches_kept: int = Field(1000, ge=1)
+    replicas_max: int = Field(64, ge=1)
 
     # Engine logs
     engine_log_segment_bytes: int = Field(16 * MIB, ge=4096)
@@ -141,7 +142,11 @@ class Settings(BaseSettings):
         ge=1,
         validation_alias=_names("max_in_flight_requests", "MAX_IN_FLIGHT_REQUESTS", "MAX_CONCURRENT_REQUESTS"),
     )
+    max_queued_bytes: int = Field(256 * MIB, ge=MIB)
     queue_timeout_s: float = Field(300, gt=0)
+    realtime_reserve: float = Field(0.1, ge=0, le=0.9)
+    realtime_ttft_factor: float = Field(1.5, gt=1)
+    batch_floor: float = Field(0.05, ge=0, le=1)
     max_body_bytes: int = Field(64 * MIB, ge=1024)
     max_upload_bytes: int = Field(512 * MIB, ge=1024)
     max_header_bytes: int = Field(64 * 1024, ge=1024)
@@ -155,6 +160,8 @@ class Settings(BaseSettings):
     upstream_first_byte_timeout_s: float = Field(1800, gt=0)
     upstream_idle_timeout_s: float = Field(600, gt=0)
     upstream_keep_alive_s: float = Field(4, gt=0)
+    revoked_keys_cut_streams: bool = False
+    activity_rows: int = Field(100_000, ge=0)
 
     # Build facts, shown by /version
     build_sha: str = Field("dev", validation_alias=_names("build_sha", "BUILD_SHA"))

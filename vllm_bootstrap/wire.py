@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 API_VERSION: Literal["v1"] = "v1"
 LaunchState = Literal["bootstrapping", "ready", "stopping", "stopped", "failed", "asleep"]
@@ -66,6 +66,13 @@ class LaunchRequest(Request):
     labels: dict[str, str] = Field(default_factory=dict, max_length=32)
     restart: RestartSpec | Literal["never", "on-failure"] | None = None
 
+    @field_validator("replicas")
+    @classmethod
+    def _some_replicas(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1")
+        return value
+
 
 class Failure(BaseModel):
     """``class`` is a documented word; ``lines`` (telling log lines) only for keys with the scope ``logs``."""
@@ -100,12 +107,32 @@ class GpuClaim(BaseModel):
     share: float
 
 
+class BatchBudget(BaseModel):
+    """How much of a launch batch may use now, in sequences, and why (``reason``, one sentence). ``reserve`` is kept for
+    realtime; ``promotions`` counts batch requests that went before waiting realtime, to keep batch moving."""
+
+    slots: int
+    reserve: int
+    allowance: int
+    batch_sequences: int
+    realtime_sequences: int
+    reason: str
+    ttft_baseline_s: float | None = None
+    ttft_recent_s: float | None = None
+    step_s: float | None = None
+    promotions: int = 0
+
+
 class Load(BaseModel):
-    """Requests of one launch at this moment. ``capacity`` is the number of sequences it runs at once."""
+    """Requests of one launch at this moment, by class. ``capacity`` is the number of sequences it runs at once,
+    ``oldest_wait_s`` how long the one that waits longest waits. Requests that any of several launches may get count
+    for each of them."""
 
     capacity: int | None = None
     in_flight: dict[str, int] = Field(default_factory=dict)
     queued: dict[str, int] = Field(default_factory=dict)
+    oldest_wait_s: float | None = None
+    batch: BatchBudget | None = None
 
 
 class Attempt(BaseModel):
@@ -140,6 +167,33 @@ class LaunchStatus(Answer):
     failure: Failure | None = None
     load: Load = Field(default_factory=Load)
     proxy_url: str
+    group_size: int = 1
+
+
+class LaunchGroup(Answer):
+    """Replicas that were launched together. ``state``: ready as soon and as long as one of them is, else bootstrapping
+    while any starts, else stopping while any stops; ended when all have: failed if any failed, else stopped.
+    ``ready`` counts those that are. ``failure`` is the last one of any of them."""
+
+    object: Literal["group"] = "group"
+    group_id: str
+    node_id: str
+    owner: str
+    state: LaunchState
+    unresponsive: bool = False
+    ready: int
+    model: str
+    engine: str
+    served_model_name: str
+    gpus: list[GpuClaim]
+    labels: dict[str, str] = Field(default_factory=dict)
+    restart: str = "never"
+    created_at: datetime
+    state_changed_at: datetime
+    failure: Failure | None = None
+    load: Load = Field(default_factory=Load)
+    proxy_url: str
+    replicas: list[LaunchStatus]
 
 
 class LaunchEvent(BaseModel):
@@ -154,12 +208,14 @@ class LaunchEvent(BaseModel):
 
 
 class StopResult(Answer):
-    """``forced``: SIGKILL was needed. ``unsettled_gpus``: GPUs whose memory had not come back in time."""
+    """``forced``: SIGKILL was needed. ``unsettled_gpus``: GPUs whose memory had not come back in time. ``launch_id`` is
+    the id that was given; for a group ``replicas`` tells the same of each of its launches."""
 
     launch_id: str
     state: LaunchState
     forced: bool | None = None
     unsettled_gpus: list[str] = Field(default_factory=list)
+    replicas: list[StopResult] = Field(default_factory=list)
 
 
 class Deleted(Answer):

@@ -55,6 +55,13 @@ def duration(seconds: float) -> str:
     return f"{whole} s"
 
 
+def short(milliseconds: float) -> str:
+    """A duration that is often below a second: ``0.4 ms``, ``42 ms``, ``3.1 s``, ``2 m 5 s``."""
+    if milliseconds < 1:
+        return f"{milliseconds:.1f} ms"
+    return f"{milliseconds:.0f} ms" if milliseconds < 1000 else duration(milliseconds / 1000)
+
+
 def time_left(eta_s: float) -> str:
     """How long something will still take, by earlier times; 0 is what takes longer than it did then."""
     return f"about {duration(eta_s)} left" if eta_s > 0 else "longer than last time"
@@ -69,6 +76,12 @@ def size(count: int | None) -> str:
         value /= 1024
         units.pop(0)
     return f"{value:.0f} {units[0]}" if units[0] == "B" or value >= 100 else f"{value:.1f} {units[0]}"
+
+
+def tokens_per_second(tokens: int | None, duration_ms: float, before_ms: float) -> float | None:
+    """How fast an answer was made, once it had begun; None where that cannot be said."""
+    made_in_s = (duration_ms - before_ms) / 1000
+    return tokens / made_in_s if tokens and made_in_s > 0 else None
 
 
 def percent(fraction: float | None) -> str:

@@ -242,6 +242,23 @@ async function forget(id) {
   await refresh();
 }
 
+function askToCancel(id) {
+  const dialog = $("cancel-dialog");
+  $("cancel-name").textContent = nameOf(`request-${id}`);
+  dialog.dataset.request = id;
+  dialog.returnValue = "";
+  dialog.showModal();
+}
+
+async function cancel() {
+  const { returnValue, dataset } = $("cancel-dialog");
+  if (!returnValue) return;
+  await ask("POST", `requests/${encodeURIComponent(dataset.request)}/cancel`).catch((problem) => {
+    complain(problem.status === 404 ? new Error("That request is over already.") : problem);
+  });
+  await refresh();
+}
+
 function nameOf(id) {
   return $(id)?.dataset.name || id;
 }
@@ -389,10 +406,11 @@ function openLog(id) {
 function clicked(event) {
   const button = event.target.closest("button");
   if (!button) return;
-  const { log, stop: ending, forget: ended } = button.dataset;
+  const { log, stop: ending, forget: ended, cancel: request } = button.dataset;
   if (log) openLog(log);
   else if (ending) askToStop(ending);
   else if (ended) forget(ended);
+  else if (request) askToCancel(request);
   else if (button.hasAttribute("data-close")) button.closest("dialog").close();
 }
 
@@ -408,6 +426,7 @@ $("sign-out").addEventListener("click", signOut);
 $("open-launch").addEventListener("click", () => $("launch-dialog").showModal());
 $("launch-form").addEventListener("submit", launch);
 $("stop-dialog").addEventListener("close", stop);
+$("cancel-dialog").addEventListener("close", cancel);
 $("log-dialog").addEventListener("close", () => { tail?.close(); tail = null; });
 $("log-lines").addEventListener("wheel", () => setTimeout(scrolled, 50), { passive: true });
 $("log-lines").addEventListener("touchmove", () => setTimeout(scrolled, 50), { passive: true });

@@ -5,6 +5,7 @@ May skip where no browser is installed, but not where CI runs.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -199,3 +200,28 @@ def test_the_page_says_so_when_the_daemon_is_gone_and_comes_back(page: Page, dae
     page.see("#live", "Live")
     # What did not change was not replaced: focus and open details survive.
     assert page.driver.execute_script("return window.untouched === document.querySelector('#gpu-0');")
+
+
+def test_a_request_is_seen_cancelled_and_remembered(page: Page, daemon: DaemonProcess) -> None:
+    status = daemon.ready("org/chatty", knobs={"tokens_per_second": 20})
+    asked = {"model": "org/chatty", "prompt": "a", "max_tokens": 20_000, "ignore_eos": True, "stream": True}
+    connection = daemon.connection(30)
+    headers = {"content-type": "application/json", "authorization": f"Bearer {KEY}", "x-request-id": "mine.1"}
+    connection.request("POST", "/v1/completions", json.dumps(asked), headers)
+    answer = connection.getresponse()
+
+    sign_in(page)
+    page.see(".slots .figures", "1 running")
+    row = page.see("#under-way .row", "org/chatty")
+    assert row.get_attribute("id") == "request-mine.1"
+    page.see("#under-way .pill", "running")
+    page.see("#under-way .figures", "tokens so far")
+    page.click("[data-cancel='mine.1']")
+    page.see("#cancel-name", "org/chatty")
+    page.click("#cancel-dialog button[value=cancel]")
+    page.see("#under-way", "Nothing is under way.")
+    page.see("#finished .row", "cancelled")
+    assert b'"cancelled"' in answer.read()
+    assert page.complaints() == []
+    connection.close()
+    daemon.stop_launch(status["launch_id"])

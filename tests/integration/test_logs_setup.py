@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_bootstrap.logs_setup import set_up_logging
+from vllm_bootstrap.logs_setup import set_up_logging, write_lines
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +55,25 @@ def test_stderr_is_the_default(capfd: pytest.CaptureFixture[str]) -> None:
     said = capfd.readouterr().err
     assert "seen" in said
     assert "unseen" not in said
+
+
+@pytest.mark.parametrize("kind", ["text", "json"])
+def test_many_lines_at_once_look_as_one_by_one(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "daemon.log"
+    set_up_logging("INFO", kind, path)
+    log = logging.getLogger("vllm_bootstrap.access")
+    for second, message in ((1_700_000_000.25, "one"), (1_700_000_001.5, "two")):
+        record = logging.LogRecord(log.name, logging.INFO, "", 0, message, None, None)
+        record.created, record.msecs = second, second % 1 * 1000
+        log.handle(record)
+    path.rename(tmp_path / "one-by-one.log")
+    write_lines(log, [(1_700_000_000.25, "one"), (1_700_000_001.5, "two")])
+    assert path.read_text() == (tmp_path / "one-by-one.log").read_text()
+
+
+def test_many_lines_reach_a_handler_of_somebody_else(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        write_lines(logging.getLogger("vllm_bootstrap.access"), [(1.0, "one"), (2.0, "two")])
+    assert [(one.name, one.created, one.message) for one in caplog.records] == [
+        ("vllm_bootstrap.access", 1.0, "one"), ("vllm_bootstrap.access", 2.0, "two"),
+    ]  # fmt: skip

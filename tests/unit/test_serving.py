@@ -37,6 +37,11 @@ def test_its_credential_is_not_shown() -> None:
         ("/v1/responses/*", "GET", "/v1/responses", False),
         ("/v1/responses/*", "GET", "/v1/responses/resp_1/cancel", False),
         ("/v1/responses/*", "GET", "/v1/other/resp_1", False),
+        ("/v1/responses/*/cancel", "GET", "/v1/responses/resp_1/cancel", True),
+        ("/v1/responses/*/cancel", "GET", "/v1/responses/resp_1", False),
+        ("/v1/responses/*/cancel", "GET", "/v1/responses/cancel", False),
+        ("/v1/responses/*/cancel", "GET", "/v1/responses//cancel", False),
+        ("/v1/responses/*/cancel", "GET", "/v1/responses/a/b/cancel", False),
     ],
 )
 def test_a_route_is_exact_or_open_in_its_last_segment(pattern: str, method: str, path: str, fits: bool) -> None:

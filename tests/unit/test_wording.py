@@ -55,3 +55,16 @@ def test_what_has_no_words_is_shown_nevertheless():
     assert wording.reason("brand_new") == "brand new"
     assert wording.phase(None) == "starting"
     assert wording.reason(None) == "asked to"
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "said"), [(0, "0.0 ms"), (0.41, "0.4 ms"), (41.6, "42 ms"), (3140, "3.1 s"), (125_000, "2 m 5 s")]
+)
+def test_short_times_are_told_in_milliseconds(milliseconds, said):
+    assert wording.short(milliseconds) == said
+
+
+def test_speed_is_that_of_the_answer_once_it_had_begun():
+    assert wording.tokens_per_second(100, 3000, 1000) == 50
+    assert wording.tokens_per_second(None, 3000, 1000) is None
+    assert wording.tokens_per_second(5, 1000, 1000) is None

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from vllm_bootstrap.api.board_traffic import SlotsCard, TrafficPart, slots_card
 from vllm_bootstrap.launches.types import LaunchView
 from vllm_bootstrap.wire import GpuInfo, GpuListing, LaunchStatus, Progress
 from vllm_bootstrap.wording import duration, percent, phase, reason, size, time_left, words
@@ -51,6 +52,7 @@ class LaunchCard:
     summary: str
     bar: Bar | None
     failure: FailureCard | None
+    slots: SlotsCard | None
     facts: tuple[tuple[str, str], ...]
 
 
@@ -84,6 +86,7 @@ class Board:
     ended: tuple[LaunchCard, ...]
     gpus: tuple[GpuCard, ...]
     gpu_note: str = ""
+    traffic: TrafficPart = field(default_factory=TrafficPart)
     allowed: frozenset[str] = field(default_factory=frozenset)
 
 
@@ -94,7 +97,13 @@ def worth_showing(launches: Sequence[LaunchView]) -> list[LaunchView]:
     return [view for view in launches if view.launch_id not in left_out]
 
 
-def make(launches: Sequence[LaunchStatus], gpus: GpuListing, now: datetime, allowed: frozenset[str]) -> Board:
+def make(
+    launches: Sequence[LaunchStatus],
+    gpus: GpuListing,
+    now: datetime,
+    allowed: frozenset[str],
+    traffic: TrafficPart | None = None,
+) -> Board:
     """``launches`` newest first. ``allowed``: what the caller may do beyond looking (``admin``, ``logs``)."""
     active = [launch for launch in launches if launch.state not in ENDED_STATES]
     ended = [launch for launch in launches if launch.state in ENDED_STATES]
@@ -105,6 +114,7 @@ def make(launches: Sequence[LaunchStatus], gpus: GpuListing, now: datetime, allo
         ended=tuple(launch_card(launch, now) for launch in ended),
         gpus=tuple(gpu_card(gpu, names) for gpu in gpus.data),
         gpu_note=_gpu_note(gpus),
+        traffic=traffic or TrafficPart(),
         allowed=allowed,
     )
 
@@ -144,6 +154,7 @@ def launch_card(launch: LaunchStatus, now: datetime) -> LaunchCard:
         summary=_summary(launch, now),
         bar=_start_bar(launch) if launch.state == "bootstrapping" else None,
         failure=_failure(launch),
+        slots=slots_card(launch.load) if launch.state == "ready" else None,
         facts=_facts(launch),
     )
 

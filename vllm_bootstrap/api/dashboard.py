@@ -1,4 +1,4 @@
-"""The page: launches, GPUs, logs. An empty page for everybody, its content for keys with ``monitor``.
+"""The page: launches, GPUs, requests, logs. An empty page for everybody, its content for keys with ``monitor``.
 
 Invariant: nothing of the box is in a page or a part of it that a caller without ``monitor`` gets. The page runs no
 script and loads no style but our own files (Content-Security-Policy), and keys never stay in an address: ``?key=`` is
@@ -18,7 +18,9 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
+from vllm_bootstrap.activity import ActivityFilter
 from vllm_bootstrap.api import board, pages, views
+from vllm_bootstrap.api.board_traffic import RECENT_SHOWN, TrafficPart, traffic_part
 from vllm_bootstrap.api.gpus import gpu_listing
 from vllm_bootstrap.api.registrar import Registrar
 from vllm_bootstrap.api.services import Api, Caller, Services
@@ -102,13 +104,21 @@ async def show_parts(request: Request, api: Api, caller: Caller) -> Response:
 
 async def _parts(request: Request, api: Services, caller: Principal) -> str:
     allowed = frozenset(scope for scope in (ADMIN, LOGS) if scopes.allows(caller.scopes, frozenset({scope})))
+    queues = api.queues()
     launches = [
-        views.status(view, api.gate.load(view.launch_id), with_lines=LOGS in allowed)
+        views.status(view, api.gate.load(view.launch_id), with_lines=LOGS in allowed, queues=queues)
         for view in board.worth_showing(api.supervisor.list(include_ended=True))
     ]
-    made = board.make(launches, await gpu_listing(api), datetime.fromtimestamp(api.clock(), UTC), allowed)
+    now = datetime.fromtimestamp(api.clock(), UTC)
+    made = board.make(launches, await gpu_listing(api), now, allowed, await _traffic(api, caller))
     has_session = COOKIE in request.cookies and not api.guard.open_access
     return pages.render("parts.html", board=made, caller=caller.name, has_session=has_session)
+
+
+async def _traffic(api: Services, caller: Principal) -> TrafficPart:
+    requests = [views.request(info) for info in api.requests.list()]
+    recent = [] if api.activity.off else (await api.activity.page(ActivityFilter(), limit=RECENT_SHOWN))[0]
+    return traffic_part(requests, [views.finished(row) for row in recent], caller)
 
 
 async def open_session(request: Request, api: Api, body: LogIn) -> Response:

@@ -35,13 +35,17 @@ async def list_gpus(api: Api) -> Response:
 async def read_stats(api: Api) -> Response:
     """Host, GPU and queue figures in one answer."""
     active = api.supervisor.list(include_ended=False)
+    queues = api.queues()
     listing = await gpu_listing(api)
     host = await asyncio.to_thread(host_stats, api.settings.state_dir)
     stats = Stats(
         host=host,
         launches=dict(Counter(view.state for view in active)),
         gpus=dict(Counter(gpu.state for gpu in listing.data)),
-        queues={model: views.load(report) for model, report in api.gate.queues().items()},
+        queues={
+            model: views.load(report, oldest_wait_s=queues.longest(model))
+            for model, report in api.gate.queues().items()
+        },
         uptime_s=round(max(0.0, api.clock() - api.started_at), 3),
     )
     return answer(stats)
@@ -50,11 +54,13 @@ async def read_stats(api: Api) -> Response:
 async def gpu_listing(api: Services) -> GpuListing:
     """All devices with their owners, for routes and metrics."""
     snapshot = await api.inventory.snapshot()
+    own_pids = await api.supervisor.own_pids(snapshot)
+    busy_bytes = api.settings.gpu_busy_bytes
     data: list[GpuInfo] = []
     for reading in snapshot.gpus:
         claims = api.ledger.claims_on(reading.gpu.uuid)
         shares = {owner: claim.share_milli / 1000 for owner, claim in claims.items()}
-        condition = assess(reading, snapshot, api.ledger, api.gpus.unsettled, busy_bytes=api.settings.gpu_busy_bytes)
+        condition = assess(reading, snapshot, api.ledger, api.gpus.unsettled, busy_bytes=busy_bytes, own_pids=own_pids)
         data.append(views.gpu(reading, snapshot.kind, condition, shares))
     return GpuListing(data=data, kind=snapshot.kind, unknown=snapshot.unknown, pids_trusted=snapshot.pids_trusted)
 

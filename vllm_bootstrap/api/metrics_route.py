@@ -12,6 +12,7 @@ from vllm_bootstrap.api.services import Api, Services
 from vllm_bootstrap.auth.scopes import MONITOR
 from vllm_bootstrap.auth.types import Rule
 from vllm_bootstrap.metrics import CONTENT_TYPE
+from vllm_bootstrap.scheduler.ports import BudgetReport
 from vllm_bootstrap.wire import GpuListing
 
 ACTIVE_STATES = ("bootstrapping", "ready", "stopping")
@@ -40,12 +41,39 @@ def refresh(api: Services, listing: GpuListing, dropped: int) -> None:
         metrics.launches.labels(state).set(states[state])
     metrics.build.labels(api.version, api.settings.build_sha).set(1)
     metrics.key_file_broken.set(api.keys.problem is not None)
+    metrics.log_dropped.set(dropped)
+    _refresh_traffic(api)
+    _refresh_gpus(api, listing)
+
+
+def _refresh_traffic(api: Services) -> None:
+    metrics = api.metrics
     reports = api.gate.queues().values()
+    queued = [info for info in api.requests.list() if info.state == "queued"]
     for name in CLASSES:
         metrics.queue_depth.labels(name).set(sum(report.queued.get(name, 0) for report in reports))
         metrics.in_flight.labels(name).set(sum(report.in_flight.get(name, 0) for report in reports))
-    metrics.log_dropped.set(dropped)
-    _refresh_gpus(api, listing)
+        oldest = max((info.queue_ms for info in queued if info.cls == name), default=0)
+        metrics.queue_oldest.labels(name).set(oldest / 1000)
+    metrics.traffic.history_dropped = api.activity.dropped
+    _refresh_budgets(api)
+
+
+def _refresh_budgets(api: Services) -> None:
+    """What batch may use of each model: of all launches together that serve it."""
+    metrics = api.metrics
+    budgets = api.gate.budgets()
+    by_model: dict[str, list[BudgetReport]] = {}
+    for advert in api.gate.adverts():
+        if advert.launch_id in budgets and advert.served_names:
+            by_model.setdefault(advert.served_names[0], []).append(budgets[advert.launch_id])
+    gauges = (metrics.batch_allowance, metrics.batch_running, metrics.realtime_reserve)
+    for gauge in gauges:
+        gauge.clear()
+    for model, found in by_model.items():
+        sums = (sum(b.allowance for b in found), sum(b.batch_sequences for b in found), sum(b.reserve for b in found))
+        for gauge, value in zip(gauges, sums, strict=True):
+            gauge.labels(model).set(value)
 
 
 def _refresh_gpus(api: Services, listing: GpuListing) -> None:

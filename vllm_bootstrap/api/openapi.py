@@ -15,7 +15,7 @@ from fastapi.openapi.utils import get_openapi
 
 from vllm_bootstrap.api.registrar import Registered
 from vllm_bootstrap.auth import scopes
-from vllm_bootstrap.gateway.targets import BY_MODEL
+from vllm_bootstrap.gateway.targets import BY_MODEL, STATEFUL
 
 JSON_BODY, MULTIPART = "application/json", "multipart/form-data"
 
@@ -32,6 +32,10 @@ _SUMMARIES = {
     "/v1/audio/transcriptions": "Speech to text",
     "/v1/audio/translations": "Speech to English text",
     "/v1/realtime": "Websocket for realtime audio (upgrade; the model is a query parameter)",
+}
+_STORED = {
+    "GET": "A stored response, of the key that made it (engines that keep responses only)",
+    "POST": "Cancel a response that is made in the background",
 }
 _STREAMING = frozenset({
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/audio/transcriptions",
@@ -65,6 +69,9 @@ def data_plane() -> list[Operation]:
         )
         for route in BY_MODEL.values()
     ]
+    for route in STATEFUL:
+        path = route.path.replace("*", "{response_id}")
+        found.append(Operation(route.method, path, _STORED[route.method], route.scopes, None, route.method == "GET"))
     proxy = "/proxy/{launch_id}/{upstream_path}"
     found.append(Operation("GET", proxy, _PROXY, scopes.INFERENCE | {scopes.MONITOR}, None))
     found.append(Operation("POST", proxy, _PROXY, scopes.INFERENCE | {scopes.ADMIN}, streams=True))
@@ -111,7 +118,7 @@ def _data_plane(operation: Operation) -> dict[str, Any]:
         "operationId": f"{operation.method}_{operation.path}".lower().strip("/").replace("/", "_"),
         "parameters": [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-            for name in ("launch_id", "upstream_path")
+            for name in ("launch_id", "upstream_path", "response_id")
             if "{" + name + "}" in operation.path
         ],
         "responses": {

@@ -1,7 +1,7 @@
 """What routes may call: one bundle of collaborators, described from the routes' point of view.
 
 Invariant: routes reach the rest of the daemon only through this bundle. It holds no behaviour of its own beyond
-saying whether the daemon can serve. Knows nothing of requests.
+saying whether the daemon can serve and what waits. Knows nothing of HTTP requests.
 """
 
 from __future__ import annotations
@@ -13,28 +13,40 @@ from typing import Annotated, Literal, Protocol
 from fastapi import Depends
 from starlette.requests import Request
 
+from vllm_bootstrap.activity import ActivityFilter, ActivityRow, UsageRow
+from vllm_bootstrap.api import views
 from vllm_bootstrap.auth.guard import Guard
 from vllm_bootstrap.auth.keys import KeyRing
 from vllm_bootstrap.auth.sessions import Sessions
 from vllm_bootstrap.auth.types import Principal
+from vllm_bootstrap.gateway.inflight import RequestInfo
 from vllm_bootstrap.gpus.ledger import Ledger
 from vllm_bootstrap.gpus.readings import Snapshot
 from vllm_bootstrap.launches.logs import LogReader
-from vllm_bootstrap.launches.types import EventView, LaunchOrder, LaunchView, StopOutcome
+from vllm_bootstrap.launches.types import EventView, GroupView, LaunchOrder, LaunchView, StopOutcome
 from vllm_bootstrap.metrics import Metrics
+from vllm_bootstrap.scheduler.ports import BudgetReport
 from vllm_bootstrap.serving import Advert, LoadReport
 from vllm_bootstrap.settings import Settings
 
 
 class Launches(Protocol):
-    """All launches. ``get`` and ``list`` answer at once from memory; unknown ids raise ``NotFound``."""
+    """All launches. ``get``, ``group`` and ``list`` answer at once from memory; unknown ids raise ``NotFound``. Where
+    nothing else is said, the id of a group of replicas stands for all its launches."""
 
     async def launch(self, order: LaunchOrder, owner_id: str, idempotency_key: str | None = None) -> LaunchView:
         """Accept a launch; on disk when this returns. The same key again returns the same launch."""
 
-    def get(self, launch_id: str) -> LaunchView: ...
+    async def launch_group(self, order: LaunchOrder, owner_id: str, idempotency_key: str | None = None) -> GroupView:
+        """The same for an order with ``replicas`` other than 1: all of them are accepted, or none."""
 
-    def list(self, *, include_ended: bool) -> Sequence[LaunchView]:
+    def get(self, launch_id: str) -> LaunchView:
+        """One launch. Raises ``BadRequest`` for a group, which names its launches."""
+
+    def group(self, group_id: str) -> GroupView | None:
+        """A group of replicas, None when this is not the id of one."""
+
+    def list(self, *, include_ended: bool, group: str | None = None) -> Sequence[LaunchView]:
         """Newest first."""
 
     async def events(self, launch_id: str, after_seq: int, limit: int) -> Sequence[EventView]:
@@ -53,6 +65,9 @@ class Launches(Protocol):
     async def delete(self, launch_id: str) -> None:
         """Forget an ended launch. Raises ``Conflict`` while it has not ended."""
 
+    async def own_pids(self, snapshot: Snapshot) -> frozenset[int] | None:
+        """All processes of our launches, None where that is not known or not needed."""
+
     async def dropped_log_bytes(self) -> int:
         """Bytes of output that the logs of active launches could not take. Answers within about a second."""
 
@@ -65,6 +80,36 @@ class Traffic(Protocol):
     def queues(self) -> dict[str, LoadReport]: ...
 
     def adverts(self) -> list[Advert]: ...
+
+    def budgets(self) -> Mapping[str, BudgetReport]:
+        """What batch may use of each launch, by its id."""
+
+
+class Underway(Protocol):
+    """Requests of the data plane that have begun and not ended, from memory."""
+
+    def list(self) -> Sequence[RequestInfo]:
+        """Oldest first."""
+
+    def get(self, request_id: str, /) -> RequestInfo | None: ...
+
+    def cancel(self, request_id: str, /) -> bool:
+        """End it. False: there is none of that id."""
+
+
+class History(Protocol):
+    """Finished requests. Reading raises ``NotFound`` where no history is kept; ``off`` says why."""
+
+    off: str
+    dropped: int
+
+    async def page(
+        self, wanted: ActivityFilter, *, after: int | None = None, limit: int = 100
+    ) -> tuple[Sequence[ActivityRow], bool]:
+        """Newest first, and whether there are more."""
+
+    async def usage(self, since: float | None = None) -> tuple[Sequence[UsageRow], float | None]:
+        """Sums, and when the oldest request began that the history holds."""
 
 
 class Devices(Protocol):
@@ -90,6 +135,8 @@ class Services:
     sessions: Sessions
     supervisor: Launches
     gate: Traffic
+    requests: Underway
+    activity: History
     inventory: Devices
     gpus: GpuBook
     ledger: Ledger
@@ -98,6 +145,10 @@ class Services:
     started_at: float
     clock: Callable[[], float]
     phase: Literal["starting", "ok", "draining"] = field(default="starting")
+
+    def queues(self) -> views.Waiting:
+        """What waits and what batch may use, everywhere, at this moment."""
+        return views.waiting(self.requests.list(), self.gate.budgets())
 
     def listener(self, caller: Principal) -> Callable[[], bool]:
         """Whether a stream to ``caller`` may go on: asked again and again while it lasts."""

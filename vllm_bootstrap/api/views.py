@@ -5,15 +5,19 @@ Pure functions. Times become RFC 3339 in UTC here; what a caller may not see is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from vllm_bootstrap.errors import NotBuilt
+from vllm_bootstrap.activity import ActivityRow, UsageRow
+from vllm_bootstrap.gateway.inflight import RequestInfo
 from vllm_bootstrap.gpus.condition import Condition
 from vllm_bootstrap.gpus.readings import GpuProcess, GpuReading
 from vllm_bootstrap.launches.types import EventView, FailureView, LaunchOrder, LaunchView, ProgressView
+from vllm_bootstrap.scheduler.ports import BudgetReport
 from vllm_bootstrap.serving import LoadReport
 from vllm_bootstrap.wire import (
+    BatchBudget,
     Failure,
     GpuClaim,
     GpuInfo,
@@ -25,6 +29,7 @@ from vllm_bootstrap.wire import (
     Progress,
     RestartSpec,
 )
+from vllm_bootstrap.wire_requests import ActivityEntry, RequestEntry, UsageEntry
 
 _ORDER_FIELDS = frozenset({
     "model", "gpu_ids", "gpu_count", "gpu_share", "served_model_name", "engine", "tensor_parallel_size",
@@ -41,9 +46,7 @@ def _at(seconds: float) -> datetime:
 
 
 def order_of(body: LaunchRequest) -> LaunchOrder:
-    """What a launch request asks for. Raises ``NotBuilt`` for replicas."""
-    if body.replicas not in (None, 1):
-        raise NotBuilt("More than one replica is not built yet: leave 'replicas' out or 1.", param="replicas")
+    """What a launch request asks for."""
     restart = body.restart if isinstance(body.restart, RestartSpec) else RestartSpec(policy=body.restart or "never")
     return LaunchOrder(
         model=body.model,
@@ -61,11 +64,14 @@ def order_of(body: LaunchRequest) -> LaunchOrder:
         restart_policy=restart.policy,
         restart_max_attempts=restart.max_attempts,
         restart_backoff_s=restart.backoff_s,
+        replicas=1 if body.replicas is None else body.replicas,
     )
 
 
-def status(view: LaunchView, report: LoadReport, *, with_lines: bool) -> LaunchStatus:
-    """A launch as shown. ``with_lines``: the caller may see log lines."""
+def status(view: LaunchView, report: LoadReport, *, with_lines: bool, queues: Waiting | None = None) -> LaunchStatus:
+    """A launch as shown. ``with_lines``: the caller may see log lines. ``queues``: what waits, everywhere."""
+    queues = queues or Waiting()
+    oldest = queues.longest(view.launch_id, view.served_model_name)
     return LaunchStatus(
         launch_id=view.launch_id,
         group_id=view.group_id,
@@ -89,13 +95,80 @@ def status(view: LaunchView, report: LoadReport, *, with_lines: bool) -> LaunchS
         transitions={state: _at(at) for state, at in view.transitions.items()},
         progress=_progress(view.progress),
         failure=_failure(view.failure, with_lines=with_lines),
-        load=load(report, view.capacity),
+        load=load(report, view.capacity, oldest, queues.budgets.get(view.launch_id)),
         proxy_url=f"/proxy/{view.launch_id}",
+        group_size=view.group_size,
     )
 
 
-def load(report: LoadReport, capacity: int | None = None) -> Load:
-    return Load(capacity=capacity, in_flight=report.in_flight, queued=report.queued)
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """All launches' queues at one moment. ``oldest``: how many seconds the longest wait has lasted, by the id of a
+    launch or the name of a model. ``budgets``: what batch may use, by launch."""
+
+    oldest: Mapping[str, float] = field(default_factory=dict)
+    budgets: Mapping[str, BudgetReport] = field(default_factory=dict)
+
+    def longest(self, launch_id: str, *names: str) -> float | None:
+        """How long the oldest request waits that this launch may get."""
+        return max((self.oldest[name] for name in (launch_id, *names) if name in self.oldest), default=None)
+
+
+def waiting(requests: Iterable[RequestInfo], budgets: Mapping[str, BudgetReport]) -> Waiting:
+    """The queues out of all requests under way."""
+    oldest: dict[str, float] = {}
+    for info in requests:
+        name = info.launch_id or info.model
+        if info.state == "queued" and name is not None:
+            oldest[name] = max(oldest.get(name, 0.0), info.queue_ms / 1000)
+    return Waiting(oldest, budgets)
+
+
+def load(
+    report: LoadReport,
+    capacity: int | None = None,
+    oldest_wait_s: float | None = None,
+    budget: BudgetReport | None = None,
+) -> Load:
+    batch = None if budget is None else BatchBudget.model_validate(budget, from_attributes=True)
+    return Load(
+        capacity=capacity, in_flight=report.in_flight, queued=report.queued, oldest_wait_s=oldest_wait_s, batch=batch
+    )
+
+
+def request(info: RequestInfo) -> RequestEntry:
+    """A request under way as shown."""
+    return RequestEntry(
+        id=info.id,
+        request_class=info.cls,
+        owner=info.owner,
+        model=info.model,
+        launch_id=info.launch_id,
+        state=info.state,
+        method=info.method,
+        path=info.path,
+        age_s=round(info.age_s, 3),
+        queue_ms=info.queue_ms,
+        sequences=info.sequences,
+        tokens=info.tokens,
+        stream=info.stream,
+    )
+
+
+def finished(row: ActivityRow) -> ActivityEntry:
+    """A finished request as shown."""
+    shown = row._asdict()
+    return ActivityEntry.model_validate({
+        **shown, "id": str(row.id), "class": shown.pop("cls"), "started_at": _at(row.started_at),
+    })  # fmt: skip
+
+
+def usage(row: UsageRow) -> UsageEntry:
+    """Sums as shown."""
+    shown = row._asdict()
+    return UsageEntry.model_validate({
+        **shown, "class": shown.pop("cls"), "first_at": _at(row.first_at), "last_at": _at(row.last_at),
+    })  # fmt: skip
 
 
 def _progress(view: ProgressView | None) -> Progress | None:

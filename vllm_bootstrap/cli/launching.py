@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, cast
 
 import typer
 
 from vllm_bootstrap import wording
-from vllm_bootstrap.cli import output, progress, text
+from vllm_bootstrap.cli import groups, output, progress, text
 from vllm_bootstrap.cli.options import AsJson, Key, LaunchName, Url, UsageError, connect, resolve
 from vllm_bootstrap.client import Client, LaunchFailed, LaunchFields
-from vllm_bootstrap.wire import LaunchRequest, LaunchStatus, StopResult
+from vllm_bootstrap.ids import is_group_id
+from vllm_bootstrap.wire import LaunchGroup, LaunchRequest, LaunchStatus, Load, StopResult
 
 # Fields of a launch request with options of their own, or that no single value can say.
 NOT_BY_ARG = {"model", "gpu_ids", "extra_args", "env", "labels", "restart", "replicas"}
@@ -65,6 +67,7 @@ def launch(
     env: Environment = None,
     label: Labels = None,
     restart: Restart = None,
+    replicas: groups.ReplicasOption = None,
     url: Url = None,
     key: Key = None,
     as_json: AsJson = False,
@@ -86,8 +89,10 @@ def launch(
         **typed,
     }
     with connect(url, key) as client:
-        started = client.launch(model, **cast("LaunchFields", fields))
-        if wait:
+        started = client.launch(model, replicas=groups.as_replicas(replicas), **cast("LaunchFields", fields))
+        if isinstance(started, LaunchGroup):
+            groups.tell_launched(client, started, wait=wait, timeout=timeout, as_json=as_json)
+        elif wait:
             _wait(client, started, timeout, as_json=as_json)
         elif as_json:
             output.emit(started)
@@ -177,10 +182,17 @@ def ps(
     if not found.data and output.on_terminal():
         output.say("Nothing is running." if not everything else "There are no launches.")
         return
-    header = ["ID", "MODEL", "STATE", "GPUS", "AGE", "RUNNING", "QUEUED"]
-    output.table(header, [_row(launch) for launch in found.data], state_column=2)
+    header = ["ID", "MODEL", "STATE", "GPUS", "AGE", "RUNNING", "QUEUED", "BATCH"]
+    rows = [row for group in groups.together(found.data) for row in _rows(group)]
+    output.table(header, rows, state_column=2)
     if found.has_more:
         output.note(f"There are more: --limit {limit * 2}")
+
+
+def _rows(group: list[LaunchStatus]) -> list[list[str]]:
+    """The line of a launch, or those of a group: its sum and its launches."""
+    rows = [_row(launch) for launch in group]
+    return rows if group[0].group_id == group[0].launch_id else groups.as_lines(group, rows)
 
 
 def _row(launch: LaunchStatus) -> list[str]:
@@ -191,7 +203,9 @@ def _row(launch: LaunchStatus) -> list[str]:
         else (f"{launch.served_model_name} ({launch.model})")
     )
     age = text.age(launch.created_at)
-    return [launch.launch_id, name, state_of(launch), gpus_of(launch), age, str(running), str(queued)]
+    batch = launch.load.batch
+    may = "-" if batch is None else f"{batch.batch_sequences} of {batch.allowance}"
+    return [launch.launch_id, name, state_of(launch), gpus_of(launch), age, str(running), str(queued), may]
 
 
 def state_of(launch: LaunchStatus) -> str:
@@ -208,13 +222,7 @@ def state_of(launch: LaunchStatus) -> str:
 
 def gpus_of(launch: LaunchStatus) -> str:
     """Where a launch runs: ``GPU 0, 1``, ``half of GPU 0`` as ``GPU 0 (50 %)``, ``CPU``."""
-    if not launch.gpus:
-        return "-"
-    if all(claim.uuid == "cpu" for claim in launch.gpus):
-        return "CPU"
-    names = ", ".join(str(claim.index) if claim.index is not None else claim.uuid for claim in launch.gpus)
-    share = launch.gpus[0].share
-    return f"GPU {names}" + (f" ({text.percent(share)})" if share < 1 else "")
+    return groups.devices_of(launch.gpus)
 
 
 def status(
@@ -227,31 +235,39 @@ def status(
 ) -> None:
     """Show one launch."""
     with connect(url, key) as client:
-        found = client.status(resolve(client, launch_id))
-        history = list(client.events(found.launch_id)) if events else []
+        wanted = resolve(client, launch_id)
+        found = client.group(wanted) if is_group_id(wanted) else client.status(wanted)
+        history = list(client.events(wanted)) if events else []
         base = client.target.url
     if as_json:
         shown = found.model_dump(mode="json", by_alias=True)
         output.emit({**shown, "events": [row.model_dump(mode="json") for row in history]} if events else shown)
         return
+    if isinstance(found, LaunchGroup):
+        groups.show(found, base, [_row(launch) for launch in found.replicas])
+    else:
+        _show(found, base)
+    for row in history:
+        moved = row.from_state not in (None, row.to_state)
+        change = f"{row.from_state} -> {row.to_state}" if moved else row.to_state
+        who = f"{row.launch_id}  " if isinstance(found, LaunchGroup) else ""
+        output.say(f"{row.at:%Y-%m-%d %H:%M:%S}Z  {who}attempt {row.attempt}  {row.event}  {change}")
+
+
+def _show(found: LaunchStatus, base: str) -> None:
     state = output.styled(state_of(found), output.style_of(found.state))
     output.say(f"{output.styled(found.model, 'bold')}  {state}")
     output.pairs(_facts(found, base))
     if found.failure is not None:
         _show_failure(found)
-    for row in history:
-        moved = row.from_state not in (None, row.to_state)
-        change = f"{row.from_state} -> {row.to_state}" if moved else row.to_state
-        output.say(f"{row.at:%Y-%m-%d %H:%M:%S}Z  attempt {row.attempt}  {row.event}  {change}")
 
 
 def _facts(found: LaunchStatus, base: str) -> list[tuple[str, str]]:
     load = found.load
-    running, queued = sum(load.in_flight.values()), sum(load.queued.values())
-    of = f" of {load.capacity}" if load.capacity else ""
     progressed = found.progress
     return [
         ("id", found.launch_id),
+        ("group", found.group_id if found.group_id != found.launch_id else ""),
         ("served as", found.served_model_name),
         ("engine", found.engine),
         ("devices", gpus_of(found)),
@@ -262,12 +278,34 @@ def _facts(found: LaunchStatus, base: str) -> list[tuple[str, str]]:
         ("attempt", str(found.attempt)),
         ("next try", f"{found.next_attempt_at:%Y-%m-%d %H:%M:%S}Z" if found.next_attempt_at else ""),
         ("pid", f"{found.pid} (shim {found.shim_pid})" if found.pid else ""),
-        ("requests", f"{running}{of} running, {queued} queued"),
+        ("requests", requests_of(load)),
+        ("batch", batch_of(load)),
         ("started", f"{found.created_at:%Y-%m-%d %H:%M:%S}Z, {text.age(found.created_at)} ago"),
         ("since", f"{found.state_changed_at:%Y-%m-%d %H:%M:%S}Z, {text.age(found.state_changed_at)} ago"),
         ("elapsed", text.duration(progressed.elapsed_s) if progressed else ""),
         ("to go", wording.time_left(progressed.eta_s) if progressed and progressed.eta_s is not None else ""),
     ]
+
+
+def requests_of(load: Load) -> str:
+    """Requests by class, and how long the oldest of them waits."""
+    slots = f" on {load.capacity} slots" if load.capacity else ""
+    oldest = "" if load.oldest_wait_s is None else f", the oldest for {text.duration(load.oldest_wait_s)}"
+    return f"{_by_class(load.in_flight)} running{slots}, {_by_class(load.queued)} queued{oldest}"
+
+
+def _by_class(counts: Mapping[str, int]) -> str:
+    parts = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    return f"{sum(counts.values())} ({parts})" if parts else "0"
+
+
+def batch_of(load: Load) -> str:
+    """What batch uses and may use, and why."""
+    batch = load.batch
+    if batch is None:
+        return ""
+    kept = f", {batch.reserve} kept for realtime" if batch.reserve else ""
+    return f"{batch.batch_sequences} of {batch.allowance} allowed ({batch.slots} slots{kept}): {batch.reason}"
 
 
 def _show_failure(found: LaunchStatus) -> None:
@@ -308,7 +346,8 @@ def stop(
         output.emit({"object": "list", "data": [result.model_dump(mode="json") for result in done]})
         return
     for result in done:
-        output.say(_told(result))
+        for told in (result, *result.replicas):
+            output.say(_told(told))
     if not done:
         output.say("Nothing is running.")
 

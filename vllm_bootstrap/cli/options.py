@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from vllm_bootstrap.client import Client
-from vllm_bootstrap.ids import is_launch_id
+from vllm_bootstrap.ids import is_group_id, is_launch_id
 from vllm_bootstrap.wire import LaunchStatus
 
 Url = Annotated[
@@ -47,27 +47,35 @@ def connect(url: str | None, key: str | None) -> Client:
 
 
 def resolve(client: Client, name: str, *, include_ended: bool = True) -> str:
-    """The id of the launch that ``name`` means. Raises ``Failure`` when there is none, ``UsageError`` when
-    it may be several.
+    """The id of the launch that ``name`` means, or of the group when it fits all of a group of replicas. Raises
+    ``Failure`` when there is none, ``UsageError`` when it may be several.
 
     Active launches are preferred: an ended one is only meant when no active one fits. A whole id is not looked up, so
     that keys without the scope to list launches can use it.
     """
-    if is_launch_id(name):
+    if is_launch_id(name) or is_group_id(name):
         return name
     found = [launch for launch in client.launches(limit=1000).data if _fits(launch, name)]
     if not found and include_ended:
         found = [launch for launch in client.launches(include_ended=True, limit=1000).data if _fits(launch, name)]
         if all(name in (launch.served_model_name, launch.model) for launch in found):
-            found = found[:1]  # of a model's ended launches the newest is meant
+            # Of a model's ended launches the newest is meant, with its group.
+            found = [launch for launch in found if launch.group_id == found[0].group_id]
     if not found:
         raise Failure(f"No launch is called {name!r}. 'vllm-bootstrap ps --all' lists them.")
+    groups = list(dict.fromkeys(launch.group_id for launch in found))
+    if len(groups) == 1 and not any(_bears(launch.launch_id, name) for launch in found):
+        return groups[0]
     if len(found) > 1:
-        ids = ", ".join(launch.launch_id for launch in found[:5])
+        ids = ", ".join(groups[:5] if len(groups) > 1 else [launch.launch_id for launch in found[:5]])
         raise UsageError(f"{name!r} may mean several launches ({ids}): give more of the id.")
     return found[0].launch_id
 
 
 def _fits(launch: LaunchStatus, name: str) -> bool:
     exact = name in (launch.served_model_name, launch.model)
-    return exact or (len(name) >= 3 and (launch.launch_id.startswith(name) or launch.launch_id.endswith(name)))
+    return exact or _bears(launch.launch_id, name) or _bears(launch.group_id, name)
+
+
+def _bears(whole_id: str, name: str) -> bool:
+    return len(name) >= 3 and (whole_id.startswith(name) or whole_id.endswith(name))

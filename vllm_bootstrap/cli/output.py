@@ -6,9 +6,10 @@ output is a terminal. What came from engines loses its terminal control sequence
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
@@ -17,10 +18,12 @@ from vllm_bootstrap.cli import text
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 STATE_STYLES = {
     "ready": "green", "bootstrapping": "cyan", "stopping": "yellow", "stopped": "dim", "failed": "red",
     "free": "green", "claimed": "cyan", "busy": "yellow", "unsettled": "yellow", "unknown": "red",
+    "running": "green", "queued": "yellow", "reading": "cyan",
 }  # fmt: skip
 
 
@@ -71,6 +74,24 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, state_column:
         for line in text.columns(list(header), found):
             say(line)
         return
+    console().print(_drawn(header, found, state_column))
+
+
+@contextlib.contextmanager
+def redrawn() -> Generator[Callable[[Sequence[str], Sequence[Sequence[str]], int | None], None]]:
+    """A function that draws a table in place of the one before; only for a terminal."""
+    from rich.live import Live  # noqa: PLC0415 - see the invariant
+
+    with Live(console=console(), auto_refresh=False) as live:
+
+        def draw(header: Sequence[str], rows: Sequence[Sequence[str]], state_column: int | None) -> None:
+            found = [[text.harmless(cell, colours=False) for cell in row] for row in rows]
+            live.update(_drawn(header, found, state_column), refresh=True)
+
+        yield draw
+
+
+def _drawn(header: Sequence[str], found: Sequence[Sequence[str]], state_column: int | None) -> Table:
     from rich.table import Table  # noqa: PLC0415 - see the invariant
     from rich.text import Text  # noqa: PLC0415
 
@@ -82,7 +103,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, state_column:
         if state_column is not None:
             cells[state_column].stylize(style_of(row[state_column]))
         made.add_row(*cells)
-    console().print(made)
+    return made
 
 
 def pairs(rows: Iterable[tuple[str, str]]) -> None:

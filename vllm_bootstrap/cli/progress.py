@@ -48,6 +48,12 @@ def overall(progress: Progress | None) -> float | None:
     return progress.fraction
 
 
+def times_of(elapsed: float, progress: Progress | None) -> str:
+    """How long it took so far, and how much longer it may."""
+    left = f", {wording.time_left(progress.eta_s)}" if progress is not None and progress.eta_s is not None else ""
+    return text.duration(elapsed) + left
+
+
 class PhaseLog:
     """Notices new phases: ``seen`` gives the line for one, or None while nothing changed."""
 
@@ -66,13 +72,13 @@ class PhaseLog:
 
 
 class Lines:
-    """For a pipe: one line for each new phase."""
+    """For a pipe: one line for each new phase, of each launch."""
 
     def __init__(self) -> None:
-        self._phases = PhaseLog()
+        self._phases: dict[str, PhaseLog] = {}
 
     def update(self, status: LaunchStatus) -> None:
-        line = self._phases.seen(status)
+        line = self._phases.setdefault(status.launch_id, PhaseLog()).seen(status)
         if line is not None:
             output.say(f"{status.launch_id}  {line}")
 
@@ -103,16 +109,13 @@ class Bar:
         elapsed = progress.elapsed_s if progress is not None else self._phase_began
         self._finish(phase, elapsed)
         details = details_of(progress)
-        times = text.duration(elapsed)
-        if progress is not None and progress.eta_s is not None:
-            times += f", {wording.time_left(progress.eta_s)}"
         fraction = overall(progress)
         self._bar.update(
             self._task,
             description=text.harmless(f"{phase} {details}".rstrip(), colours=False),
             total=None if fraction is None else 1.0,
             completed=fraction or 0.0,
-            times=times,
+            times=times_of(elapsed, progress),
         )
 
     def _finish(self, phase: str, elapsed: float) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime
 
-from vllm_bootstrap.wording import duration, percent, size
+from vllm_bootstrap.wording import duration, percent, short, size, tokens_per_second
 
-__all__ = ["age", "columns", "duration", "harmless", "percent", "size"]
+__all__ = ["age", "columns", "duration", "harmless", "percent", "short", "size", "tokens_per_second"]
 
 _COLOUR = r"\x1b\[[0-9;:]*m"
 _ESCAPES = re.compile(

@@ -10,15 +10,16 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
+from datetime import datetime
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import httpx
 
 from vllm_bootstrap.sdk import calls, discovery, transport
-from vllm_bootstrap.sdk.calls import Call, LaunchFields, StreamCall
+from vllm_bootstrap.sdk.calls import ActivityFilter, Call, LaunchFields, Replicas, RequestFilter, StreamCall
 from vllm_bootstrap.sdk.failures import DaemonUnreachable
-from vllm_bootstrap.sdk.launch import Launch
+from vllm_bootstrap.sdk.launch import Launch, id_of
 from vllm_bootstrap.sdk.sse import EventParser, ServerEvent
 from vllm_bootstrap.sdk.transport import Verify
 from vllm_bootstrap.sdk.waiting import OnProgress, Patience, ReadyWait
@@ -27,6 +28,7 @@ from vllm_bootstrap.wire import (
     GpuListing,
     Health,
     LaunchEvent,
+    LaunchGroup,
     LaunchStatus,
     Listing,
     LogPage,
@@ -35,6 +37,7 @@ from vllm_bootstrap.wire import (
     StopResult,
     Version,
 )
+from vllm_bootstrap.wire_requests import ActivityEntry, CancelResult, RequestEntry, UsageListing
 
 T = TypeVar("T")
 
@@ -78,22 +81,53 @@ class AsyncClient:
 
     # -- launches -----------------------------------------------------------------------------------------------
 
+    @overload
     async def launch(
-        self, model: str, *, idempotency_key: str | None = None, **fields: Unpack[LaunchFields]
-    ) -> LaunchStatus:
+        self,
+        model: str,
+        *,
+        idempotency_key: str | None = None,
+        replicas: Literal[1] | None = None,
+        **fields: Unpack[LaunchFields],
+    ) -> LaunchStatus: ...
+
+    @overload
+    async def launch(
+        self,
+        model: str,
+        *,
+        idempotency_key: str | None = None,
+        replicas: Replicas | None,
+        **fields: Unpack[LaunchFields],
+    ) -> LaunchStatus | LaunchGroup: ...
+
+    async def launch(
+        self,
+        model: str,
+        *,
+        idempotency_key: str | None = None,
+        replicas: Replicas | None = None,
+        **fields: Unpack[LaunchFields],
+    ) -> LaunchStatus | LaunchGroup:
         """Start loading a model; returns as soon as the launch is on record. The same ``idempotency_key`` again gives
-        the same launch; one is made when none is given. Raises ``GpuConflict``, ``GpuUnknown``, ``BadRequest``."""
-        return await self._do(calls.launch(model, fields, idempotency_key or uuid.uuid4().hex))
+        the same launch; one is made when none is given. With ``replicas`` other than 1 it is a group of launches: all
+        of them, or none. Raises ``GpuConflict``, ``GpuUnknown``, ``BadRequest``."""
+        return await self._do(calls.launch(model, fields, idempotency_key or uuid.uuid4().hex, replicas))
 
     async def status(self, launch_id: str) -> LaunchStatus:
         """State, progress, failure and load of one launch. Raises ``NotFound``."""
         return await self._do(calls.status(launch_id))
 
+    async def group(self, group_id: str) -> LaunchGroup:
+        """A group of replicas, with the state of each. Raises ``NotFound``."""
+        return await self._do(calls.group(group_id))
+
     async def launches(
-        self, *, include_ended: bool = False, after: str | None = None, limit: int = 100
+        self, *, include_ended: bool = False, after: str | None = None, limit: int = 100, group: str | None = None
     ) -> Listing[LaunchStatus]:
-        """Launches, newest first; ``after`` the last id of a page gives the next one."""
-        return await self._do(calls.launches(include_ended=include_ended, after=after, limit=limit))
+        """Launches, newest first, of one ``group`` only where one is given; ``after`` the last id of a page gives the
+        next one."""
+        return await self._do(calls.launches(include_ended=include_ended, after=after, limit=limit, group=group))
 
     async def wait_ready(
         self, launch_id: str, *, timeout_s: float | None = None, on_progress: OnProgress | None = None
@@ -111,6 +145,21 @@ class AsyncClient:
                 waiting.missed(exc)
             await asyncio.sleep(waiting.pause())
 
+    async def wait_group(
+        self, group_id: str, *, timeout_s: float | None = None, on_progress: OnProgress | None = None
+    ) -> LaunchGroup:
+        """Likewise until every replica of a group is ready; ``on_progress`` gets the status of each. Raises
+        ``LaunchFailed`` with the first one that ends (the others go on)."""
+        waiting = ReadyWait(group_id, timeout_s, on_progress)
+        while True:
+            try:
+                group = await self.group(group_id)
+                if waiting.saw_group(group):
+                    return group
+            except DaemonUnreachable as exc:
+                waiting.missed(exc)
+            await asyncio.sleep(waiting.pause())
+
     @contextlib.asynccontextmanager
     async def launched(
         self,
@@ -118,19 +167,22 @@ class AsyncClient:
         *,
         ready_timeout_s: float | None = None,
         on_progress: OnProgress | None = None,
+        replicas: Replicas | None = None,
         **fields: Unpack[LaunchFields],
     ) -> AsyncGenerator[Launch]:
-        """Launch, wait until it is ready, and stop it at the end, whatever happens in between::
+        """Launch, wait until it is ready (with ``replicas``, all of them), and stop it at the end, whatever happens in
+        between::
 
         async with client.launched("Qwen/Qwen3-0.6B") as launch:
             await launch.async_openai().chat.completions.create(model=launch.served_model_name, messages=[...])
         """
-        started = await self.launch(model, **fields)
+        started = await self.launch(model, replicas=replicas, **fields)
+        wait = self.wait_group if isinstance(started, LaunchGroup) else self.wait_ready
         try:
-            ready = await self.wait_ready(started.launch_id, timeout_s=ready_timeout_s, on_progress=on_progress)
+            ready = await wait(id_of(started), timeout_s=ready_timeout_s, on_progress=on_progress)
             yield Launch(ready, self.target, self._verify)
         finally:
-            await self.stop(started.launch_id)
+            await self.stop(id_of(started))
 
     async def events(self, launch_id: str, *, after: int = 0, follow: bool = False) -> AsyncGenerator[LaunchEvent]:
         """The history of a launch behind the event number ``after``; with ``follow``, live until it has ended."""
@@ -180,6 +232,25 @@ class AsyncClient:
         async with contextlib.aclosing(self._follow(call)) as stream:
             async for event in stream:
                 yield LogPage.model_validate_json(event.data)
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    async def requests(self, **wanted: Unpack[RequestFilter]) -> Listing[RequestEntry]:
+        """Inference requests under way, oldest first: being read, waiting for a slot, running."""
+        return await self._do(calls.requests(wanted))
+
+    async def cancel_request(self, request_id: str) -> CancelResult:
+        """End a request under way: one's own, or with the scope ``admin`` anybody's. Raises ``NotFound``."""
+        return await self._do(calls.cancel_request(request_id))
+
+    async def activity(self, **wanted: Unpack[ActivityFilter]) -> Listing[ActivityEntry]:
+        """Finished inference requests, newest first. Raises ``NotFound`` when the daemon keeps no history."""
+        return await self._do(calls.activity(wanted))
+
+    async def usage(self, since: datetime | None = None) -> UsageListing:
+        """Requests and tokens by key, class and model, as far back as the daemon's history goes. Raises
+        ``NotFound`` when it keeps none."""
+        return await self._do(calls.usage(since))
 
     # -- the box ------------------------------------------------------------------------------------------------
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Generic, Literal, TypedDict, TypeVar
 from urllib.parse import quote
 
 from pydantic import TypeAdapter
 
+from vllm_bootstrap.sdk.failures import UnexpectedAnswer
 from vllm_bootstrap.sdk.sse import ServerEvent
 from vllm_bootstrap.wire import (
     API_VERSION,
@@ -20,6 +22,7 @@ from vllm_bootstrap.wire import (
     GpuListing,
     Health,
     LaunchEvent,
+    LaunchGroup,
     LaunchStatus,
     Listing,
     LogPage,
@@ -28,8 +31,10 @@ from vllm_bootstrap.wire import (
     StopResult,
     Version,
 )
+from vllm_bootstrap.wire_requests import ActivityEntry, CancelResult, RequestEntry, UsageListing
 
 T = TypeVar("T")
+Replicas = int | Literal["per_gpu"]
 EVENT_STREAM = "text/event-stream"
 
 
@@ -42,7 +47,8 @@ class RestartFields(TypedDict, total=False):
 
 
 class LaunchFields(TypedDict, total=False):
-    """Everything that may go along with the model of a launch. What each means: ``docs/api.md``."""
+    """Everything that may go along with the model of a launch but its replicas, on which depends what comes back. What
+    each means: ``docs/api.md``."""
 
     gpu_ids: list[int | str] | None
     gpu_count: int | None
@@ -67,9 +73,32 @@ class LaunchFields(TypedDict, total=False):
     trust_remote_code: bool | None
     extra_args: dict[str, Any]
     env: dict[str, str]
-    replicas: int | Literal["per_gpu"] | None
     labels: dict[str, str]
     restart: RestartFields | Literal["never", "on-failure"] | None
+
+
+class RequestFilter(TypedDict, total=False):
+    """Which requests under way are wanted. ``after``: the ``last_id`` of the page before."""
+
+    state: Literal["reading", "queued", "running"] | None
+    request_class: Literal["realtime", "batch"] | None
+    model: str | None
+    owner: str | None
+    after: str | None
+    limit: int
+
+
+class ActivityFilter(TypedDict, total=False):
+    """Which finished requests are wanted. ``status``: a number, or a hundred as ``4xx``. ``after``: the ``last_id`` of
+    the page before."""
+
+    model: str | None
+    request_class: Literal["realtime", "batch"] | None
+    owner: str | None
+    status: int | str | None
+    since: datetime | None
+    after: str | None
+    limit: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,24 +123,47 @@ def base_headers(key: str | None, version: str) -> dict[str, str]:
 
 
 _ANYTHING: TypeAdapter[Any] = TypeAdapter(Any)
-_STATUS: TypeAdapter[LaunchStatus] = TypeAdapter(LaunchStatus)
+_STATUS_OR_GROUP: TypeAdapter[LaunchStatus | LaunchGroup] = TypeAdapter(LaunchGroup | LaunchStatus)
 _STATUSES: TypeAdapter[Listing[LaunchStatus]] = TypeAdapter(Listing[LaunchStatus])
 _EVENTS: TypeAdapter[Listing[LaunchEvent]] = TypeAdapter(Listing[LaunchEvent])
+_REQUESTS: TypeAdapter[Listing[RequestEntry]] = TypeAdapter(Listing[RequestEntry])
+_ACTIVITY: TypeAdapter[Listing[ActivityEntry]] = TypeAdapter(Listing[ActivityEntry])
 
 
-def launch(model: str, fields: Mapping[str, Any], idempotency_key: str) -> Call[LaunchStatus]:
+def launch(
+    model: str, fields: Mapping[str, Any], idempotency_key: str, replicas: Replicas | None = None
+) -> Call[LaunchStatus | LaunchGroup]:
     """``fields`` that are None are left out."""
-    body = {"model": model, **{name: value for name, value in fields.items() if value is not None}}
+    given = {**fields, "replicas": replicas}
+    body = {"model": model, **{name: value for name, value in given.items() if value is not None}}
     headers = {"idempotency-key": idempotency_key}
-    return Call("POST", "/launch", _STATUS.validate_json, body=body, headers=headers, may_repeat=True)
+    return Call("POST", "/launch", _STATUS_OR_GROUP.validate_json, body=body, headers=headers, may_repeat=True)
 
 
 def status(launch_id: str) -> Call[LaunchStatus]:
-    return Call("GET", f"/status/{_segment(launch_id)}", _STATUS.validate_json, may_repeat=True)
+    def read(content: bytes) -> LaunchStatus:
+        found = _STATUS_OR_GROUP.validate_json(content)
+        if isinstance(found, LaunchGroup):
+            raise UnexpectedAnswer(f"{launch_id} is a group of replicas: group() and wait_group() are for these.")
+        return found
+
+    return Call("GET", f"/status/{_segment(launch_id)}", read, may_repeat=True)
 
 
-def launches(*, include_ended: bool, after: str | None, limit: int) -> Call[Listing[LaunchStatus]]:
-    params = _given({"all": "true" if include_ended else None, "after": after, "limit": limit})
+def group(group_id: str) -> Call[LaunchGroup]:
+    def read(content: bytes) -> LaunchGroup:
+        found = _STATUS_OR_GROUP.validate_json(content)
+        if isinstance(found, LaunchStatus):
+            raise UnexpectedAnswer(f"{group_id} is a single launch: status() and wait_ready() are for these.")
+        return found
+
+    return Call("GET", f"/status/{_segment(group_id)}", read, may_repeat=True)
+
+
+def launches(
+    *, include_ended: bool, after: str | None, limit: int, group: str | None = None
+) -> Call[Listing[LaunchStatus]]:
+    params = _given({"all": "true" if include_ended else None, "group": group, "after": after, "limit": limit})
     return Call("GET", "/launches", _STATUSES.validate_json, params, may_repeat=True)
 
 
@@ -136,6 +188,30 @@ def stop(launch_id: str, *, wait: bool, force: bool, timeout_s: float) -> Call[S
 
 def delete(launch_id: str) -> Call[Deleted]:
     return Call("DELETE", f"/launches/{_segment(launch_id)}", Deleted.model_validate_json)
+
+
+def requests(wanted: RequestFilter) -> Call[Listing[RequestEntry]]:
+    return Call("GET", "/requests", _REQUESTS.validate_json, _filter(wanted), may_repeat=True)
+
+
+def cancel_request(request_id: str) -> Call[CancelResult]:
+    return Call("POST", f"/requests/{_segment(request_id)}/cancel", CancelResult.model_validate_json)
+
+
+def activity(wanted: ActivityFilter) -> Call[Listing[ActivityEntry]]:
+    return Call("GET", "/activity", _ACTIVITY.validate_json, _filter(wanted), may_repeat=True)
+
+
+def usage(since: datetime | None) -> Call[UsageListing]:
+    return Call("GET", "/usage", UsageListing.model_validate_json, _filter({"since": since}), may_repeat=True)
+
+
+def _filter(wanted: Mapping[str, Any]) -> dict[str, str | int]:
+    """A filter as query parameters."""
+    given = {"class" if name == "request_class" else name: value for name, value in wanted.items()}
+    if given.get("since") is not None:
+        given["since"] = given["since"].astimezone().isoformat()
+    return _given(given)
 
 
 def gpus() -> Call[GpuListing]:

@@ -10,23 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_bootstrap.sdk.discovery import Target
 from vllm_bootstrap.sdk.transport import Verify
-from vllm_bootstrap.wire import LaunchStatus
+from vllm_bootstrap.wire import LaunchGroup, LaunchStatus
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
 
 
+def id_of(started: LaunchStatus | LaunchGroup) -> str:
+    """What stop, status and proxy take for it."""
+    return started.group_id if isinstance(started, LaunchGroup) else started.launch_id
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A ready launch. ``status`` is from the moment it became ready."""
+    """A ready launch, or a group of replicas all of which are. ``status`` is from the moment it became ready."""
 
-    status: LaunchStatus
+    status: LaunchStatus | LaunchGroup
     target: Target = field(repr=False)
     verify: Verify = field(default=True, repr=False)
 
     @property
     def id(self) -> str:
-        return self.status.launch_id
+        return id_of(self.status)
 
     @property
     def served_model_name(self) -> str:

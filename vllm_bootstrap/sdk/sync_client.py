@@ -10,15 +10,16 @@ import contextlib
 import time
 import uuid
 from collections.abc import Callable, Generator, Mapping
+from datetime import datetime
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import httpx
 
 from vllm_bootstrap.sdk import calls, discovery, transport
-from vllm_bootstrap.sdk.calls import Call, LaunchFields, StreamCall
+from vllm_bootstrap.sdk.calls import ActivityFilter, Call, LaunchFields, Replicas, RequestFilter, StreamCall
 from vllm_bootstrap.sdk.failures import DaemonUnreachable
-from vllm_bootstrap.sdk.launch import Launch
+from vllm_bootstrap.sdk.launch import Launch, id_of
 from vllm_bootstrap.sdk.sse import EventParser, ServerEvent
 from vllm_bootstrap.sdk.transport import Verify
 from vllm_bootstrap.sdk.waiting import OnProgress, Patience, ReadyWait
@@ -27,6 +28,7 @@ from vllm_bootstrap.wire import (
     GpuListing,
     Health,
     LaunchEvent,
+    LaunchGroup,
     LaunchStatus,
     Listing,
     LogPage,
@@ -35,6 +37,7 @@ from vllm_bootstrap.wire import (
     StopResult,
     Version,
 )
+from vllm_bootstrap.wire_requests import ActivityEntry, CancelResult, RequestEntry, UsageListing
 
 T = TypeVar("T")
 
@@ -76,20 +79,53 @@ class Client:
 
     # -- launches -----------------------------------------------------------------------------------------------
 
-    def launch(self, model: str, *, idempotency_key: str | None = None, **fields: Unpack[LaunchFields]) -> LaunchStatus:
+    @overload
+    def launch(
+        self,
+        model: str,
+        *,
+        idempotency_key: str | None = None,
+        replicas: Literal[1] | None = None,
+        **fields: Unpack[LaunchFields],
+    ) -> LaunchStatus: ...
+
+    @overload
+    def launch(
+        self,
+        model: str,
+        *,
+        idempotency_key: str | None = None,
+        replicas: Replicas | None,
+        **fields: Unpack[LaunchFields],
+    ) -> LaunchStatus | LaunchGroup: ...
+
+    def launch(
+        self,
+        model: str,
+        *,
+        idempotency_key: str | None = None,
+        replicas: Replicas | None = None,
+        **fields: Unpack[LaunchFields],
+    ) -> LaunchStatus | LaunchGroup:
         """Start loading a model; returns as soon as the launch is on record. The same ``idempotency_key`` again gives
-        the same launch; one is made when none is given. Raises ``GpuConflict``, ``GpuUnknown``, ``BadRequest``."""
-        return self._do(calls.launch(model, fields, idempotency_key or uuid.uuid4().hex))
+        the same launch; one is made when none is given. With ``replicas`` other than 1 it is a group of launches: all
+        of them, or none. Raises ``GpuConflict``, ``GpuUnknown``, ``BadRequest``."""
+        return self._do(calls.launch(model, fields, idempotency_key or uuid.uuid4().hex, replicas))
 
     def status(self, launch_id: str) -> LaunchStatus:
         """State, progress, failure and load of one launch. Raises ``NotFound``."""
         return self._do(calls.status(launch_id))
 
+    def group(self, group_id: str) -> LaunchGroup:
+        """A group of replicas, with the state of each. Raises ``NotFound``."""
+        return self._do(calls.group(group_id))
+
     def launches(
-        self, *, include_ended: bool = False, after: str | None = None, limit: int = 100
+        self, *, include_ended: bool = False, after: str | None = None, limit: int = 100, group: str | None = None
     ) -> Listing[LaunchStatus]:
-        """Launches, newest first; ``after`` the last id of a page gives the next one."""
-        return self._do(calls.launches(include_ended=include_ended, after=after, limit=limit))
+        """Launches, newest first, of one ``group`` only where one is given; ``after`` the last id of a page gives the
+        next one."""
+        return self._do(calls.launches(include_ended=include_ended, after=after, limit=limit, group=group))
 
     def wait_ready(
         self, launch_id: str, *, timeout_s: float | None = None, on_progress: OnProgress | None = None
@@ -107,6 +143,21 @@ class Client:
                 waiting.missed(exc)
             time.sleep(waiting.pause())
 
+    def wait_group(
+        self, group_id: str, *, timeout_s: float | None = None, on_progress: OnProgress | None = None
+    ) -> LaunchGroup:
+        """Likewise until every replica of a group is ready; ``on_progress`` gets the status of each. Raises
+        ``LaunchFailed`` with the first one that ends (the others go on)."""
+        waiting = ReadyWait(group_id, timeout_s, on_progress)
+        while True:
+            try:
+                group = self.group(group_id)
+                if waiting.saw_group(group):
+                    return group
+            except DaemonUnreachable as exc:
+                waiting.missed(exc)
+            time.sleep(waiting.pause())
+
     @contextlib.contextmanager
     def launched(
         self,
@@ -114,19 +165,22 @@ class Client:
         *,
         ready_timeout_s: float | None = None,
         on_progress: OnProgress | None = None,
+        replicas: Replicas | None = None,
         **fields: Unpack[LaunchFields],
     ) -> Generator[Launch]:
-        """Launch, wait until it is ready, and stop it at the end, whatever happens in between::
+        """Launch, wait until it is ready (with ``replicas``, all of them), and stop it at the end, whatever happens in
+        between::
 
         with client.launched("Qwen/Qwen3-0.6B") as launch:
             launch.openai().chat.completions.create(model=launch.served_model_name, messages=[...])
         """
-        started = self.launch(model, **fields)
+        started = self.launch(model, replicas=replicas, **fields)
+        wait = self.wait_group if isinstance(started, LaunchGroup) else self.wait_ready
         try:
-            ready = self.wait_ready(started.launch_id, timeout_s=ready_timeout_s, on_progress=on_progress)
+            ready = wait(id_of(started), timeout_s=ready_timeout_s, on_progress=on_progress)
             yield Launch(ready, self.target, self._verify)
         finally:
-            self.stop(started.launch_id)
+            self.stop(id_of(started))
 
     def events(self, launch_id: str, *, after: int = 0, follow: bool = False) -> Generator[LaunchEvent]:
         """The history of a launch behind the event number ``after``; with ``follow``, live until it has ended."""
@@ -170,6 +224,25 @@ class Client:
         connection breaks."""
         call = calls.follow_logs(launch_id, offset=offset, tail=tail, attempt=attempt)
         yield from (LogPage.model_validate_json(event.data) for event in self._follow(call))
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    def requests(self, **wanted: Unpack[RequestFilter]) -> Listing[RequestEntry]:
+        """Inference requests under way, oldest first: being read, waiting for a slot, running."""
+        return self._do(calls.requests(wanted))
+
+    def cancel_request(self, request_id: str) -> CancelResult:
+        """End a request under way: one's own, or with the scope ``admin`` anybody's. Raises ``NotFound``."""
+        return self._do(calls.cancel_request(request_id))
+
+    def activity(self, **wanted: Unpack[ActivityFilter]) -> Listing[ActivityEntry]:
+        """Finished inference requests, newest first. Raises ``NotFound`` when the daemon keeps no history."""
+        return self._do(calls.activity(wanted))
+
+    def usage(self, since: datetime | None = None) -> UsageListing:
+        """Requests and tokens by key, class and model, as far back as the daemon's history goes. Raises
+        ``NotFound`` when it keeps none."""
+        return self._do(calls.usage(since))
 
     # -- the box ------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 from vllm_bootstrap.sdk.failures import DaemonUnreachable, LaunchFailed, WaitTimeout
-from vllm_bootstrap.wire import LaunchStatus
+from vllm_bootstrap.wire import LaunchGroup, LaunchStatus
 
 RESTART_PATIENCE_S = 60.0
 FIRST_POLL_S, SLOWEST_POLL_S = 0.1, 0.5
@@ -68,6 +68,23 @@ class ReadyWait:
         if is_over(status):
             raise LaunchFailed(status)
         return status.state == "ready"
+
+    def saw_group(self, group: LaunchGroup) -> bool:
+        """Whether every replica is ready. Raises ``LaunchFailed`` with the first one that has ended."""
+        ready = [self._is_ready(status) for status in group.replicas]
+        for status in group.replicas:
+            if is_over(status):
+                raise LaunchFailed(status)
+        return all(ready)
+
+    def _is_ready(self, status: LaunchStatus) -> bool:
+        self._patience.answered()
+        ready = status.state == "ready"
+        if not ready:
+            self._last = status
+        if self._on_progress is not None:
+            self._on_progress(status)
+        return ready
 
     def missed(self, error: DaemonUnreachable) -> None:
         """The poll found nobody. Raises ``error`` when that lasts."""

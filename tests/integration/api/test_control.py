@@ -55,7 +55,8 @@ def test_a_launch_is_created_for_its_caller_with_its_idempotency_key():
     ("body", "code", "param"),
     [
         ({"model": "m", "colour": 1}, "unknown_field", "colour"),
-        ({"model": "m", "replicas": 2}, "not_built", "replicas"),
+        ({"model": "m", "replicas": 0}, "bad_request", "replicas"),
+        ({"model": "m", "replicas": "all"}, "bad_request", "replicas"),
         ({}, "bad_request", "model"),
         ([], "bad_request", None),
         (b"{", "invalid_json", None),
@@ -267,6 +268,7 @@ def test_stop_waits_by_default_and_tells_what_it_took(browser, services):
         "state": "stopped",
         "forced": True,
         "unsettled_gpus": ["GPU-0"],
+        "replicas": [],
     }
     assert services.supervisor.calls == [(launch_id(1), True, True)]
 

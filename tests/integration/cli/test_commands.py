@@ -150,7 +150,7 @@ def test_ps(box):
     box.launches.add(loading(2))
     box.launches.add(failed(3))
     header, *rows = box.lines("ps")
-    assert header.split() == ["ID", "MODEL", "STATE", "GPUS", "AGE", "RUNNING", "QUEUED"]
+    assert header.split() == ["ID", "MODEL", "STATE", "GPUS", "AGE", "RUNNING", "QUEUED", "BATCH"]
     assert [row.split()[0] for row in rows] == [TWO, ONE]
     assert "model (org/model)" in rows[0]
     assert "bootstrapping (loading the model, 50 %)" in rows[0]
@@ -176,7 +176,8 @@ def test_status(box):
         EventView(2, ONE, 1, NOW, "became_ready", "bootstrapping", "ready", {}),
     ]
     out = box.run("status", ONE, "--events").out
-    for said in (f"{box.url}/proxy/{ONE}/v1", "team=a", "10 (shim 9)", "2 of 4 running, 3 queued", "on-failure"):
+    requests = "2 (2 realtime) running on 4 slots, 3 (3 batch) queued"
+    for said in (f"{box.url}/proxy/{ONE}/v1", "team=a", "10 (shim 9)", requests, "on-failure"):
         assert said in out
     assert "created  bootstrapping" in out
     assert "became_ready  bootstrapping -> ready" in out

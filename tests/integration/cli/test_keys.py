@@ -111,7 +111,8 @@ def test_list_never_shows_tokens(run):
     assert "600 requests/min, 32 parallel, 8 sequences" in result.out
     assert [line.split()[-1] for line in result.out.splitlines()[1:]].count("disabled") == 1
     as_json = run("list", str(EXAMPLE), "--json")
-    assert "token" not in as_json.out
+    assert "-token" not in as_json.out
+    assert '"token"' not in as_json.out
     assert "token_sha256" not in as_json.out
 
 

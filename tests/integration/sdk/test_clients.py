@@ -4,11 +4,13 @@ import asyncio
 import contextlib
 import dataclasses
 import threading
+from datetime import UTC, datetime
 
 import pytest
 
-from tests.support.control_plane import NOW, SECRET_LINE, failed, key, launch_id, loading, make, view
+from tests.support.control_plane import NOW, SECRET_LINE, failed, key, launch_id, loading, make, under_way, view
 from tests.support.listening import Listening, StubDaemon
+from tests.support.traffic import close, history, record
 from tests.support.waiting import wait_for
 from vllm_bootstrap import errors
 from vllm_bootstrap.client import AsyncClient, Client, DaemonUnreachable, LaunchFailed, UnexpectedAnswer, WaitTimeout
@@ -356,3 +358,35 @@ def test_proxies_of_the_environment_are_not_asked_about_this_machine(daemon, mon
         with pytest.raises((UnexpectedAnswer, DaemonUnreachable)):
             Sync("http://box.invalid")("version")
     assert {headers[b"host"] for _, _, headers in proxy.seen} == {b"box.invalid"}
+
+
+# -- requests -------------------------------------------------------------------------------------------------------
+
+
+def test_requests_under_way(daemon, call):
+    under_way(daemon.services, "req_1")
+    under_way(daemon.services, "req_2", cls="batch", state="queued", launch_id=None)
+    assert [found.id for found in call("requests").data] == ["req_1", "req_2"]
+    assert [found.id for found in call("requests", request_class="batch", state="queued", model=None).data] == ["req_2"]
+    page = call("requests", limit=1)
+    assert [found.id for found in call("requests", after=page.last_id).data] == ["req_2"]
+    cancelled = call("cancel_request", "req_2")
+    assert (cancelled.id, cancelled.state, cancelled.cancelled) == ("req_2", "queued", True)
+    with pytest.raises(errors.NotFound):
+        call("cancel_request", "req_2")
+
+
+def test_finished_requests(daemon, call, tmp_path):
+    with pytest.raises(errors.NotFound, match="ACTIVITY_ROWS is 0"):
+        call("activity")
+    records = [record(1, started_at=NOW), record(2, started_at=NOW + 60, owner="bob", status=502)]
+    daemon.services.activity = kept = history(tmp_path, records)
+    try:
+        assert [found.request_id for found in call("activity").data] == ["req_2", "req_1"]
+        since = datetime.fromtimestamp(NOW + 30, UTC)
+        assert [found.request_id for found in call("activity", since=since, status="5xx").data] == ["req_2"]
+        assert [found.request_id for found in call("activity", status=200, owner="alice").data] == ["req_1"]
+        assert [(row.owner, row.requests, row.failed) for row in call("usage").data] == [("alice", 1, 0), ("bob", 1, 1)]
+        assert [row.owner for row in call("usage", since).data] == ["bob"]
+    finally:
+        close(kept)

@@ -2,7 +2,6 @@ import pytest
 
 from tests.support.control_plane import NOW, SECRET_LINE, failed, loading, view
 from vllm_bootstrap.api import views
-from vllm_bootstrap.errors import NotBuilt
 from vllm_bootstrap.launches.types import EventView
 from vllm_bootstrap.serving import LoadReport
 from vllm_bootstrap.wire import LaunchRequest
@@ -44,19 +43,18 @@ def test_restart_is_a_word_or_an_object(restart, expected):
     assert (found.restart_policy, found.restart_max_attempts, found.restart_backoff_s) == expected
 
 
-@pytest.mark.parametrize("replicas", [2, "per_gpu"])
-def test_replicas_are_refused_as_unbuilt(replicas):
-    with pytest.raises(NotBuilt) as refused:
-        order(replicas=replicas)
-    assert refused.value.param == "replicas"
-    assert order(replicas=1).model == "m"
+@pytest.mark.parametrize("replicas", [1, 2, "per_gpu"])
+def test_replicas_are_part_of_the_order(replicas):
+    assert order(replicas=replicas).replicas == replicas
+    assert order().replicas == 1
 
 
 def test_status_shows_times_as_rfc_3339_and_load_by_class():
     shown = views.status(view(), LOAD, with_lines=True).model_dump(mode="json")
     assert shown["created_at"] == "2027-01-15T08:00:00Z"
     assert shown["transitions"]["ready"] == "2027-01-15T08:00:01Z"
-    assert shown["load"] == {"capacity": 4, "in_flight": {"realtime": 1}, "queued": {}}
+    load = {"capacity": 4, "in_flight": {"realtime": 1}, "queued": {}, "oldest_wait_s": None, "batch": None}
+    assert shown["load"] == load
     assert shown["proxy_url"] == f"/proxy/{shown['launch_id']}"
 
 

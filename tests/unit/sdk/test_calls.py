@@ -5,14 +5,16 @@ import typing
 
 import pytest
 
+from tests.support.statuses import status
 from vllm_bootstrap.sdk import calls
 from vllm_bootstrap.sdk.calls import LaunchFields
+from vllm_bootstrap.sdk.failures import UnexpectedAnswer
 from vllm_bootstrap.sdk.sse import ServerEvent
-from vllm_bootstrap.wire import LaunchRequest
+from vllm_bootstrap.wire import LaunchGroup, LaunchRequest
 
 
 def test_typed_fields_are_those_of_the_api():
-    assert set(typing.get_type_hints(LaunchFields)) == set(LaunchRequest.model_fields) - {"model"}
+    assert set(typing.get_type_hints(LaunchFields)) == set(LaunchRequest.model_fields) - {"model", "replicas"}
 
 
 def test_a_launch_sends_only_what_was_given_and_may_be_repeated():
@@ -20,6 +22,18 @@ def test_a_launch_sends_only_what_was_given_and_may_be_repeated():
     assert (call.method, call.path, call.may_repeat) == ("POST", "/launch", True)
     assert call.body == {"model": "m", "gpu_count": 1, "seed": 0, "extra_args": {}}
     assert call.headers == {"idempotency-key": "k-1"}
+    assert calls.launch("m", {}, "k-1", "per_gpu").body == {"model": "m", "replicas": "per_gpu"}
+
+
+def test_a_group_is_not_taken_for_a_launch_nor_a_launch_for_a_group():
+    one = status()
+    group = LaunchGroup.model_validate({**one.model_dump(), "ready": 1, "replicas": [one.model_dump()]})
+    of_one, of_group = one.model_dump_json().encode(), group.model_dump_json().encode()
+    assert calls.launch("m", {}, "k").read(of_one) == calls.status("l").read(of_one) == one
+    assert calls.launch("m", {}, "k").read(of_group) == calls.group("g").read(of_group) == group
+    for call, content in ((calls.status("g"), of_group), (calls.group("l"), of_one)):
+        with pytest.raises(UnexpectedAnswer):
+            call.read(content)
 
 
 @pytest.mark.parametrize("launch_id", ["../../x", "a b", "l/1?x"])

@@ -2,9 +2,10 @@
 
 import pytest
 
-from tests.support.statuses import status
+from tests.support.statuses import ID, status
 from vllm_bootstrap.sdk.failures import DaemonUnreachable, LaunchFailed, WaitTimeout
 from vllm_bootstrap.sdk.waiting import RESTART_PATIENCE_S, SLOWEST_POLL_S, Patience, ReadyWait
+from vllm_bootstrap.wire import LaunchGroup
 
 AWAY = DaemonUnreachable("http://x", "gone")
 
@@ -33,6 +34,26 @@ def test_ready_is_the_end_and_all_that_was_seen_is_told(clock):
     assert not waiting.saw(status("stopping", stopping_because="died"))  # a restart may follow
     assert waiting.saw(status("ready"))
     assert seen == ["bootstrapping", "stopping", "ready"]
+
+
+def group(*replicas):
+    one = replicas[0].model_dump()
+    return LaunchGroup.model_validate({**one, "ready": 0, "replicas": [replica.model_dump() for replica in replicas]})
+
+
+def test_a_group_is_ready_when_all_of_it_is_and_fails_with_any(clock):
+    seen = []
+    waiting = wait(clock, 10, lambda found: seen.append((found.launch_id, found.state)))
+    starting = status("bootstrapping", launch_id="l2", progress={"phase": "weights", "elapsed_s": 3})
+    assert not waiting.saw_group(group(status("ready"), starting))
+    assert seen == [(ID, "ready"), ("l2", "bootstrapping")]
+    clock.now += 11
+    with pytest.raises(WaitTimeout, match="weights"):
+        waiting.pause()
+    assert waiting.saw_group(group(status("ready"), status("ready", launch_id="l2")))
+    with pytest.raises(LaunchFailed) as caught:
+        waiting.saw_group(group(starting, status("failed", launch_id="l3")))
+    assert caught.value.status.launch_id == "l3"
 
 
 @pytest.mark.parametrize("state", ["failed", "stopped"])

@@ -1,0 +1,350 @@
+"""What clients and engines can do to a daemon that carries traffic, against real processes: clients that leave at any
+moment, do not read, do not write or come in thousands; engines that die with everything they had."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import resource
+import signal
+import socket
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.aio import eventually
+from tests.support.daemon import DaemonProcess
+from tests.support.data_plane import Reply, Wire, request
+from tests.support.raw_upstream import EVENTS, chunk
+from tests.support.waiting import wait_for
+
+FREE_WITHIN_S = 1.0
+ROUNDS = 1000
+AT_ONCE = 50
+SLOTS = 20
+LONG = {"model": "sim", "prompt": "a", "max_tokens": 5000, "ignore_eos": True}
+HANDSHAKE = [
+    ("Connection", "Upgrade"), ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"),
+    ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
+]  # fmt: skip
+
+
+class Box:
+    """A daemon as asyncio tests want it: raw connections, and what kernel, engine and daemon say is in use."""
+
+    def __init__(self, daemon: DaemonProcess) -> None:
+        self.daemon = daemon
+
+    @contextlib.asynccontextmanager
+    async def wire(self, receive_buffer: int | None = None) -> AsyncIterator[Wire]:
+        connection = socket.socket()
+        if receive_buffer is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        connection.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(connection, self.daemon.address)
+        reader, writer = await asyncio.open_connection(sock=connection, limit=2**16)
+        wire = Wire(reader, writer)
+        try:
+            yield wire
+        finally:
+            wire.close()
+
+    async def ask(self, *args: Any, **kwargs: Any) -> Reply:
+        async with self.wire() as wire:
+            await wire.send(request(*args, **{"key": None, **kwargs}))
+            return await wire.reply()
+
+    def load(self, launch_id: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.daemon.status(launch_id)["load"]
+        return found
+
+    def at_rest(self, launch_id: str) -> bool:
+        """By the engine's own count and by ours."""
+        text = self.daemon.request("GET", f"/proxy/{launch_id}/metrics").body.decode()
+        counts = re.findall(r"(?m)^vllm:num_requests_(?:running|waiting)(?:\{.*\})? (\S+)$", text)
+        load = self.load(launch_id)
+        return len(counts) == 2 and not any(
+            [*map(float, counts), *load["in_flight"].values(), *load["queued"].values()]
+        )
+
+    def files(self) -> int:
+        return len(os.listdir(f"/proc/{self.daemon.pid}/fd"))  # noqa: PTH208 - only counted
+
+    def rss_mb(self) -> float:
+        text = Path(f"/proc/{self.daemon.pid}/status").read_text()
+        return int(re.findall(r"VmRSS:\s+(\d+)", text)[0]) / 1024
+
+
+@pytest.fixture(scope="module")
+def box() -> Iterator[Box]:
+    with DaemonProcess(max_in_flight_requests=200, devices="mock:4") as daemon:
+        yield Box(daemon)
+
+
+async def in_thread(condition: Callable[[], Any], within_s: float = 10.0) -> None:
+    await asyncio.to_thread(wait_for, condition, within_s)
+
+
+# -- clients -----------------------------------------------------------------------------------------------------------
+
+
+async def leave_in_the_head(wire: Wire) -> None:
+    await wire.send(request(body=LONG, key=None)[:40])
+
+
+async def leave_in_the_body(wire: Wire) -> None:
+    await wire.send(request(body=LONG, key=None)[:-5])
+
+
+async def leave_at_once(wire: Wire) -> None:
+    await wire.send(request(body={**LONG, "stream": True}, key=None))
+
+
+async def leave_before_the_answer(wire: Wire) -> None:
+    await wire.send(request(body=LONG, key=None))
+    await asyncio.sleep(0.01)
+
+
+async def leave_after_the_head(wire: Wire) -> None:
+    await wire.send(request(body={**LONG, "stream": True}, key=None))
+    await wire.head()
+
+
+async def leave_midstream(wire: Wire) -> None:
+    await wire.send(request(body={**LONG, "stream": True}, key=None))
+    await wire.head()
+    await anext(wire.chunks())
+
+
+async def leave_a_websocket(wire: Wire) -> None:
+    await wire.send(request("GET", "/v1/realtime?model=sim", key=None, headers=HANDSHAKE))
+    assert (await wire.head())[0] == 101
+
+
+async def stay(wire: Wire) -> None:
+    await wire.send(request(body={"model": "sim", "prompt": "a", "max_tokens": 1}, key=None))
+    assert (await wire.reply()).status == 200
+
+
+LEAVING = (
+    leave_in_the_head, leave_in_the_body, leave_at_once, leave_before_the_answer, leave_after_the_head,
+    leave_midstream, leave_a_websocket, stay,
+)  # fmt: skip
+
+
+def test_fault_18_clients_that_leave_at_any_moment_leave_nothing(box: Box) -> None:
+    """A thousand, 50 at a time on 20 slots, so that many of them leave the queue."""
+
+    async def one(act: Callable[[Wire], Coroutine[Any, Any, None]]) -> None:
+        async with box.wire() as wire:
+            await act(wire)
+
+    async def main(launch_id: str) -> None:
+        for act in LEAVING:  # once each, so that whatever is made once has been made
+            await one(act)
+        await in_thread(lambda: box.at_rest(launch_id))
+        files = box.files()
+        for start in range(0, ROUNDS, AT_ONCE):
+            await asyncio.gather(*(one(LEAVING[(start + n) % len(LEAVING)]) for n in range(AT_ONCE)))
+        await in_thread(lambda: box.at_rest(launch_id), FREE_WITHIN_S)
+        # Kept connections to the engine, one for each that ran at once, are not leaked ones.
+        await in_thread(lambda: box.files() <= files + SLOTS)
+        assert (await box.ask(body={"model": "sim", "prompt": "a", "max_tokens": 1})).status == 200
+
+    launch_id = box.daemon.ready(max_num_seqs=SLOTS)["launch_id"]
+    asyncio.run(main(launch_id))
+    box.daemon.stop_launch(launch_id)
+    assert "Traceback" not in box.daemon.log
+
+
+@contextlib.asynccontextmanager
+async def flooding() -> AsyncIterator[tuple[int, Counter[str]]]:
+    """An engine elsewhere that streams 20 MB to whoever asks for a flood. Its port, and what it has sent."""
+    told: Counter[str] = Counter()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = re.findall(rb"(?i)content-length: (\d+)", head)
+                body = await reader.readexactly(int(length[0])) if length else b""
+                if b"flood" not in body:
+                    listed = b'{"object":"list","data":[{"id":"tap","object":"model"}]}'
+                    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(listed), listed))
+                    continue
+                told["open"] += 1
+                writer.write(EVENTS)
+                for _ in range(200):
+                    writer.write(chunk(b"x" * 100_000))
+                    await writer.drain()
+                    told["bytes"] += 100_000
+        except (asyncio.IncompleteReadError, ConnectionError):
+            told["cut"] += 1
+        finally:
+            writer.close()
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)  # else the kernel takes megabytes of each
+    server = await asyncio.start_server(serve, sock=listener)
+    try:
+        yield server.sockets[0].getsockname()[1], told
+    finally:
+        server.close()
+
+
+def test_fault_19_two_hundred_slow_readers_cost_little_memory_and_are_cut(tmp_path: Path) -> None:
+    readers = 200
+
+    async def main() -> None:
+        async with flooding() as (port, told), contextlib.AsyncExitStack() as stack:
+            entry = {"kind": "external", "url": f"http://127.0.0.1:{port}", "served_names": ["tap"], "slots": 300}
+            (tmp_path / "engines.json").write_text(json.dumps({"engines": {"flood": entry}}))
+            settings = {"engines_file": tmp_path / "engines.json", "write_stall_timeout_s": 2, "devices": "mock:1"}
+            daemon = DaemonProcess(**settings)
+            stack.callback(daemon.close)
+            box = Box(await asyncio.to_thread(daemon.start))
+            await asyncio.to_thread(daemon.ready, "tap", engine="flood")
+            plain = {"model": "tap", "prompt": "a"}
+            assert (await box.ask(body=plain)).status == 200
+            before = box.rss_mb()
+            wires = [await stack.enter_async_context(box.wire(4096)) for _ in range(readers)]
+            for wire in wires:
+                wire.writer.transport.pause_reading()  # type: ignore[attr-defined]
+                await wire.send(request(body={**plain, "prompt": "flood", "stream": True}, key=None))
+            await eventually(lambda: told["open"] == readers)
+            sent = -1
+            while sent != told["bytes"]:  # until all engines are held up
+                sent = told["bytes"]
+                for _ in range(10):
+                    assert (await box.ask(body=plain)).status == 200
+            assert told["bytes"] < readers * 12_000_000  # in the kernel's buffers, nearly all
+            assert box.rss_mb() < before + 100
+            for wire in wires[:5]:  # these read on, slowly: none of their bytes is lost, and they are not cut
+                wire.writer.transport.resume_reading()  # type: ignore[attr-defined]
+            assert [len(await wire.reader.readexactly(300_000)) for wire in wires[:5]] == [300_000] * 5
+            await eventually(lambda: told["cut"] >= readers - 5, 20)
+            assert (await box.ask(body=plain)).status == 200
+
+    asyncio.run(main())
+
+
+def test_fault_20_ten_thousand_idle_connections_and_slow_ones_stop_nobody(box: Box) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    number = min(10_000, hard - 500)
+    launch_id = box.daemon.ready()["launch_id"]
+    files = box.files()
+    sockets: list[socket.socket] = []
+    try:
+        for index in range(number):
+            one = socket.create_connection(box.daemon.address, 10)
+            sockets.append(one)
+            if index % 10 == 0:  # every tenth has begun to say something
+                one.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Le")
+        wait_for(lambda: box.files() >= min(files + number, 10_000), 20)
+        asked = {"model": "sim", "prompt": "a", "max_tokens": 1}
+        for _ in range(5):
+            assert box.daemon.request("POST", "/v1/completions", asked).status == 200
+            assert box.daemon.request("GET", f"/status/{launch_id}").status == 200
+            assert box.daemon.request("GET", "/healthz").status == 200
+    finally:
+        for one in sockets:
+            one.close()
+    wait_for(lambda: box.files() <= files + 5, 20)
+    box.daemon.stop_launch(launch_id)
+
+
+# -- engines -----------------------------------------------------------------------------------------------------------
+
+
+def test_fault_30_a_launch_that_dies_with_a_hundred_running_and_a_hundred_queued(box: Box) -> None:
+    async def main(status: dict[str, Any]) -> None:
+        launch_id = status["launch_id"]
+        bodies = [{**LONG, "model": "frail", "stream": number % 2 == 0} for number in range(200)]
+        tasks = [asyncio.create_task(box.ask(body=body)) for body in bodies]
+        wanted = {"in_flight": {"realtime": 100}, "queued": {"realtime": 100}}
+
+        def full() -> bool:
+            load = box.load(launch_id)
+            return all(load[kind]["realtime"] == count["realtime"] for kind, count in wanted.items())
+
+        await in_thread(full)
+        os.kill(status["pid"], signal.SIGKILL)
+        replies = await asyncio.wait_for(asyncio.gather(*tasks), 10)
+        ends = Counter(kind_of(reply) for reply in replies)
+        assert set(ends) <= {
+            "stream broken",
+            "502 upstream_error",
+            "503 draining",
+            "503 model_loading",
+            "503 overloaded",
+        }
+        assert ends["stream broken"] + ends["502 upstream_error"] >= 100
+        for reply in replies:
+            if reply.status == 503:
+                assert 1 <= int(reply.header("retry-after") or 0) <= 60
+        await in_thread(lambda: box.daemon.status(launch_id)["attempt"] == 2)
+        await asyncio.to_thread(box.daemon.wait_state, launch_id, "ready")
+        again = await asyncio.gather(*(box.ask(body={**body, "max_tokens": 2, "stream": False}) for body in bodies))
+        assert Counter(reply.status for reply in again) == {200: 200}
+        await in_thread(lambda: box.at_rest(launch_id), FREE_WITHIN_S)
+
+    restart = {"policy": "on-failure", "max_attempts": 2, "backoff_s": 0.1}
+    status = box.daemon.ready(served_model_name="frail", max_num_seqs=100, restart=restart)
+    asyncio.run(main(status))
+    box.daemon.stop_launch(status["launch_id"])
+
+
+def kind_of(reply: Reply) -> str:
+    if reply.status != 200:
+        return f"{reply.status} {reply.code}"
+    broken = b'"code": "upstream_error"' in reply.body and b"[DONE]" not in reply.body
+    return "stream broken" if broken else "200"
+
+
+# -- more than there is ------------------------------------------------------------------------------------------------
+
+
+def test_fault_26_realtime_passes_a_batch_that_never_ends_and_the_batch_goes_on(box: Box) -> None:
+    """The order of ends, not their times: while a realtime request waits, only batch requests that already run end."""
+    slots, clients = 4, 60
+    ended: Counter[str] = Counter()
+    body = {"model": "busy", "prompt": "a", "max_tokens": 10, "ignore_eos": True}
+
+    async def batch() -> None:
+        while True:
+            async with box.wire() as wire:
+                await wire.send(request(body=body, key=None, headers=[("X-Priority", "batch")]))
+                # Batch pauses while the daemon learns how long realtime takes by itself.
+                status_line = await asyncio.wait_for(wire.reader.readline(), 40)
+                ended[status_line.split()[1].decode()] += 1
+
+    async def main(launch_id: str) -> None:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(batch()) for _ in range(clients)]
+            await in_thread(lambda: box.load(launch_id)["queued"]["batch"] >= clients - slots)
+            memory, passed = box.rss_mb(), []
+            for _ in range(20):
+                before = ended["200"]
+                assert (await box.ask(body={"model": "busy", "prompt": "a", "max_tokens": 1})).status == 200
+                passed.append(ended["200"] - before)
+            # Those that ran when it came, and a few whose answers were on their way.
+            assert sorted(passed)[len(passed) // 2] <= slots
+            assert max(passed) <= 3 * slots
+            goal = ended["200"] + 2 * slots
+            await eventually(lambda: ended["200"] >= goal, 40)
+            for task in tasks:
+                task.cancel()
+        assert set(ended) == {"200"}
+        assert box.rss_mb() < memory + 20
+        await in_thread(lambda: box.at_rest(launch_id), FREE_WITHIN_S)
+
+    launch_id = box.daemon.ready(served_model_name="busy", max_num_seqs=slots)["launch_id"]
+    asyncio.run(main(launch_id))
+    box.daemon.stop_launch(launch_id)
