@@ -80,9 +80,22 @@ chaos: $(READY)  ## random starts, stops and kill -9 of everything, 200 rounds (
 bench: $(READY)  ## all measurements of docs/benchmarks.md but the proxy's
 	$(PY) -m bench.daemon $(ARGS)
 
+.PHONY: bench-cosched
+bench-cosched: $(READY)  ## realtime beside a saturating batch, on a real vLLM for the CPU (ARGS='--engine simulator')
+	@case "$(ARGS)" in *simulator*) ;; *) $(PY) scripts/engine_env.py $(VLLM_ENGINE_ENV) ;; esac
+	VLLM_ENGINE_ENV=$(VLLM_ENGINE_ENV) $(PY) -m bench.cosched $(ARGS)
+
 .PHONY: bench-proxy
 bench-proxy: $(READY)  ## what a proxied request and chunk cost: direct, nginx, ours
 	$(PY) -m bench.proxy $(ARGS)
+
+.PHONY: bench-overload
+bench-overload: $(READY)  ## goodput, refusals and memory at 0.5 to 5 times what an engine can do (simulator)
+	$(PY) -m bench.overload $(ARGS)
+
+.PHONY: bench-soak
+bench-soak: $(READY)  ## 20 minutes of mixed traffic while launches and the daemon are killed (ARGS='--minutes 5 --seed 1')
+	$(PY) -m bench.soak $(ARGS)
 
 # Only here uv is needed. [tool.uv] in pyproject.toml says up to which day releases are considered.
 COMPILE := $(UV) pip compile -q --universal --generate-hashes --no-header --no-annotate --python-version 3.11

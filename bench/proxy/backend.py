@@ -1,23 +1,26 @@
 """The engine stand-in of the proxy bench: a raw protocol server that costs as little as possible.
 
-``python -m bench.proxy.backend PORT``. A POST whose body holds ``"stream": true`` is answered by 100 server-sent events
-of 220 bytes, one each 20 ms; any other POST by 0.5 KB of JSON at once; GETs by what a readiness probe wants to see.
+``python -m bench.proxy.backend PORT PATH`` listens on the port and on a Unix socket at the path. A POST whose prompt is
+``events/ms COUNT/INTERVAL`` is answered by that many server-sent events of 220 bytes, one each INTERVAL milliseconds;
+any other POST by 0.5 KB of JSON at once; GETs by what readiness probes want to see.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 
 import httptools
 import uvloop
 
-EVENTS, EVENT_BYTES, INTERVAL_S = 100, 220, 0.02
+EVENT_BYTES = 220
 EVENT = b"data: " + b"x" * (EVENT_BYTES - 8) + b"\n\n"
 CHUNK = b"%x\r\n%s\r\n" % (len(EVENT), EVENT)
 LAST = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 MODELS = b'{"object":"list","data":[{"id":"bench","object":"model"}]}'
+MODEL_INFO = b'{"model_path":"bench","is_generation":true}'
 
 
 def answer(body: bytes) -> bytes:
@@ -32,13 +35,17 @@ class Backend(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
         self.parser = httptools.HttpRequestParser(self)
-        self.body = b""
+        self.loop = asyncio.get_running_loop()
+        self.url = self.body = b""
 
     def data_received(self, data: bytes) -> None:
-        self.parser.feed_data(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:  # some routers ask whether HTTP/2 is spoken
+            self.transport.close()
 
     def on_message_begin(self) -> None:
-        self.url, self.body = b"", b""
+        self.url = self.body = b""
 
     def on_url(self, url: bytes) -> None:
         self.url += url
@@ -48,26 +55,34 @@ class Backend(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         if self.parser.get_method() == b"GET":
-            self.transport.write(answer(MODELS if b"models" in self.url else b"{}"))
-        elif b'"stream": true' in self.body:
+            known = MODELS if b"models" in self.url else MODEL_INFO if b"model_info" in self.url else b"{}"
+            self.transport.write(answer(known))
+        elif b'"events/ms ' in self.body:
+            events, interval_ms = json.loads(self.body)["prompt"].removeprefix("events/ms ").split("/")
             self.transport.write(STREAM_HEAD)
-            self.next_event(EVENTS)
+            self.interval_s, self.due, self.left = int(interval_ms) / 1000, self.loop.time(), int(events)
+            self.next_event()
         else:
             self.transport.write(JSON)
 
-    def next_event(self, left: int) -> None:
+    def next_event(self) -> None:
         if self.transport.is_closing():
             return
-        if left == 0:
+        if self.left == 0:
             self.transport.write(LAST)
             return
+        self.left -= 1
         self.transport.write(CHUNK)
-        asyncio.get_running_loop().call_later(INTERVAL_S, self.next_event, left - 1)
+        self.due += self.interval_s
+        self.loop.call_at(self.due, self.next_event)
 
 
 async def main() -> None:
-    server = await asyncio.get_running_loop().create_server(Backend, "127.0.0.1", int(sys.argv[1]), backlog=4096)
-    await server.serve_forever()
+    loop = asyncio.get_running_loop()
+    port, path = int(sys.argv[1]), sys.argv[2]
+    on_path = await loop.create_unix_server(Backend, path, backlog=4096)
+    on_port = await loop.create_server(Backend, "127.0.0.1", port, backlog=4096)
+    await asyncio.gather(on_path.serve_forever(), on_port.serve_forever())
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
 """The load of the proxy bench, in a process of its own.
 
-``python -m bench.proxy.load PORT PATH KEY requests|streams N TOTAL``
+``python -m bench.proxy.load PORT KEY WORK``, where WORK is one of
 
-``requests``: N connections send TOTAL requests, each the next as soon as the last was answered. ``streams``: N streams
-at once, started evenly over half a second. Prints one JSON object: counts, seconds, times to first byte in ms.
+* ``requests N TOTAL``: N connections send TOTAL requests, each the next as soon as the last was answered;
+* ``paced N TOTAL``: the same, but each connection sends one request every 100 ms, all of them evenly spread;
+* ``streams N EVENTS MS IDLE``: N streams at once, begun within half a second, beside IDLE connections that have had one
+  answer each and say nothing more. With IDLE it prints ``ready`` once they are there and waits for a line before.
+
+Prints one JSON object: counts, seconds, times to first byte in ms.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import sys
 import time
@@ -16,45 +21,16 @@ import time
 import httptools
 import uvloop
 
-
-class Client(asyncio.Protocol):
-    def __init__(self, request: bytes, run: Run) -> None:
-        self.request, self.run = request, run
-        self.parser = httptools.HttpResponseParser(self)
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport
-        self.send()
-
-    def send(self) -> None:
-        self.began, self.first = time.perf_counter(), True
-        self.transport.write(self.request)
-
-    def data_received(self, data: bytes) -> None:
-        self.parser.feed_data(data)
-
-    def on_body(self, body: bytes) -> None:
-        if self.first:
-            self.first = False
-            self.run.first_byte_ms.append((time.perf_counter() - self.began) * 1000)
-        self.run.events += body.count(b"data: x")
-
-    def on_message_complete(self) -> None:
-        status = self.parser.get_status_code()
-        self.parser = httptools.HttpResponseParser(self)
-        if self.run.answered(ok=status == 200):
-            self.send()
-        else:
-            self.transport.close()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.run.lost(exc)
+PACE_S = 0.1
+# A chunk of the backend as it comes when nothing delayed it: counted without a parser.
+EVENT_START = b"data: x"
 
 
 class Run:
     """Counts of one run. ``answered`` says whether its connection is to send another request."""
 
-    def __init__(self, total: int, connections: int) -> None:
+    def __init__(self, request: bytes, total: int, connections: int, *, pace_s: float = 0.0) -> None:
+        self.request, self.pace_s = request, pace_s
         self.left, self.open = total - connections, connections
         self.done = self.failed = self.events = 0
         self.first_byte_ms: list[float] = []
@@ -73,18 +49,88 @@ class Run:
             self.over.set()
 
 
+class Client(asyncio.Protocol):
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.loop = asyncio.get_running_loop()
+        self.parser = httptools.HttpResponseParser(self)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+        self.due = self.loop.time()
+        self.send()
+
+    def send(self) -> None:
+        self.began, self.first = time.perf_counter(), True
+        self.transport.write(self.run.request)
+
+    def data_received(self, data: bytes) -> None:
+        if self.first:
+            self.first = False
+            self.run.first_byte_ms.append((time.perf_counter() - self.began) * 1000)
+        self.parser.feed_data(data)
+
+    def on_body(self, body: bytes) -> None:
+        self.run.events += body.count(EVENT_START)
+
+    def on_message_complete(self) -> None:
+        status = self.parser.get_status_code()
+        self.parser = httptools.HttpResponseParser(self)
+        if not self.run.answered(ok=status == 200):
+            self.transport.close()
+        elif self.run.pace_s:
+            self.due += self.run.pace_s
+            self.loop.call_at(self.due, self.send)
+        else:
+            self.send()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.run.lost(exc)
+
+
+class Idler(Client):
+    """Has one answer and stays."""
+
+    def on_message_complete(self) -> None:
+        self.run.done += 1
+
+
+def request(port: int, key: str, *, stream: str = "") -> bytes:
+    body = json.dumps({"model": "bench", "prompt": stream or "hello", "stream": bool(stream)}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: Bearer {key}\r\n"
+    return f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+async def idle(port: int, key: str, count: int) -> None:
+    """Open connections that stay open, and wait until the caller has looked at them."""
+    run = Run(request(port, key), count, count)
+    for _ in range(count):
+        await asyncio.get_running_loop().create_connection(lambda: Idler(run), "127.0.0.1", port)
+    while run.done < count:
+        await asyncio.sleep(0.01)
+    print("ready", flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
+
+
 async def main() -> None:
-    port, path, key, kind, connections, total = sys.argv[1:]
-    body = json.dumps({"model": "bench", "prompt": "hello", "stream": kind == "streams"}).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: Bearer {key}\r\n"
-    request = f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
-    run = Run(int(total), int(connections))
+    port, key, kind, connections, *rest = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), *sys.argv[5:]
+    if kind == "streams":
+        events, interval_ms, idlers = map(int, rest)
+        if idlers:
+            await idle(int(port), key, idlers)
+        run = Run(request(int(port), key, stream=f"events/ms {events}/{interval_ms}"), connections, connections)
+        spread_s = 0.5 if connections > 1 else 0.0
+    else:
+        run = Run(request(int(port), key), int(rest[0]), connections, pace_s=PACE_S if kind == "paced" else 0.0)
+        spread_s = PACE_S if kind == "paced" else 0.0
     loop = asyncio.get_running_loop()
-    began = time.perf_counter()
-    for _ in range(int(connections)):
-        await loop.create_connection(lambda: Client(request, run), "127.0.0.1", int(port))
-        if kind == "streams":
-            await asyncio.sleep(0.5 / int(connections))
+    gc.disable()
+    began, due = time.perf_counter(), loop.time()
+    for _ in range(connections):
+        await loop.create_connection(lambda: Client(run), "127.0.0.1", int(port))
+        if spread_s:
+            due += spread_s / connections
+            await asyncio.sleep(due - loop.time())
     await run.over.wait()
     seconds = time.perf_counter() - began
     result = {"done": run.done, "failed": run.failed, "events": run.events, "seconds": seconds}
