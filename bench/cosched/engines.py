@@ -1,6 +1,7 @@
 """What the co-scheduling bench runs against: an engine of its own with its default flags, and a daemon's launch.
 
-On two or more cores the model runs on core 1; the engine's API server, the daemon and the load share core 0.
+On two or more cores the model runs on core 1; the engine's API server, the daemon and the load share core 0. Both
+engines are there all the time, so that contenders can take turns; only one of them ever has work.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from tests.support.daemon import DaemonProcess
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE_ENV = ROOT / os.environ.get("VLLM_ENGINE_ENV", ".engine")
 START_S = 180.0
-SIMULATOR_PROFILE = "vllm-cpu-tiny"
-SIMULATOR_SLOTS = 128
+# What vLLM itself would take: 256 on a CPU and smaller GPUs, 1,024 on a large one.
+SIMULATOR_SLOTS = {"vllm-cpu-tiny": 256, "h200-8b": 512}
 MAX_MODEL_LEN = 1024
 REALTIME_KEY, BATCH_KEY = "bench-realtime-0123456789", "bench-batch-0123456789"
 CORES = os.cpu_count() or 1
@@ -97,27 +98,28 @@ def default_vllm(home: Path, model: Path) -> Direct:
     return Direct(home / "direct.log", port, [python, "-m", "vllm.entrypoints.openai.api_server", *flags], env)
 
 
-def simulator(home: Path, slots: int) -> Direct:
-    """The simulator with the profile of that vLLM."""
+def simulator(home: Path, profile: str) -> Direct:
+    """The simulator in the time of one of its profiles."""
     port = free_port()
     flags = [
-        "--model", "sim", "--served-model-name", "tiny", "--port", str(port), "--max-num-seqs", str(slots),
-        "--profile", SIMULATOR_PROFILE,
+        "--model", "sim", "--served-model-name", "tiny", "--port", str(port), "--profile", profile,
+        "--max-num-seqs", str(SIMULATOR_SLOTS[profile]),
     ]  # fmt: skip
     command = [sys.executable, "-m", "vllm_bootstrap.engines.simulator", *flags]
-    return Direct(home / f"simulator-{slots}.log", port, command, {"PYTHONPATH": str(ROOT)}, alone=True)
+    return Direct(home / f"simulator-{profile}.log", port, command, {"PYTHONPATH": str(ROOT)}, alone=True)
 
 
 class Ours:
-    """A daemon with one launch. ``direct`` says how its engine is reached without the daemon."""
+    """A daemon with one launch, of vLLM or (``profile``) the simulator. ``direct`` says how its engine is reached
+    without the daemon."""
 
-    def __init__(self, engine: str, home: Path, queue: int) -> None:
-        self._engine = engine
+    def __init__(self, profile: str | None, home: Path, queue: int) -> None:
+        self._profile = profile
         self._levers = home / "levers"
         self._levers.touch()
         keys = home / "keys.json"
         keys.write_text(_keys())
-        vllm = engine == "vllm"
+        vllm = profile is None
         env = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **(MODEL_CORE if vllm else {})}
         settings: dict[str, Any] = {"devices": "cpu" if vllm else "mock:1", "auth_keys_file": keys}
         settings |= {"max_in_flight_requests": queue, "probe_interval_s": 2, "probe_timeout_s": 5, "stop_grace_s": 7}
@@ -136,15 +138,15 @@ class Ours:
 
     def launch(self, model: str, **fields: Any) -> None:
         body = {"model": model, "served_model_name": "tiny", "max_model_len": MAX_MODEL_LEN, **fields}
-        if self._engine == "simulator":
-            knobs = {"profile": SIMULATOR_PROFILE}
-            body |= {"engine": "simulator", "gpu_count": 1, "max_num_seqs": SIMULATOR_SLOTS, "extra_args": knobs}
+        if self._profile is not None:
+            knobs, slots = {"profile": self._profile}, SIMULATOR_SLOTS[self._profile]
+            body |= {"engine": "simulator", "gpu_count": 1, "max_num_seqs": slots, "extra_args": knobs}
         answer = self.daemon.request("POST", "/launch", body)
         if answer.status != 201:
             raise SystemExit(answer.body.decode())
         self.launch_id = str(answer.json()["launch_id"])
         self._until_ready()
-        pin(int(self.daemon.status(self.launch_id)["pid"]), model=self._engine == "simulator")
+        pin(self.pid, model=self._profile is not None)
         self._pin_daemon()
 
     def _until_ready(self) -> None:
@@ -165,6 +167,11 @@ class Ours:
             self.daemon.restart()
             self._until_ready()
             self._pin_daemon()
+
+    @property
+    def pid(self) -> int:
+        """The engine's first process, which outlives daemons and so is nobody's child."""
+        return int(self.daemon.status(self.launch_id)["pid"])
 
     @property
     def slots(self) -> int:

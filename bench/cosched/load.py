@@ -1,12 +1,14 @@
 """Load for the co-scheduling bench, as a process of its own: realtime streams that arrive at random, beside a batch.
 
-Realtime: a Poisson process of streamed completions with short prompts; arrivals do not wait for answers. Batch: a fixed
-number of whole answers in flight at all times, each with a longer prompt. No two prompts share a beginning, so that no
-prefix cache helps. Reads one JSON object (``Work``) from stdin, writes one (``Found``) to stdout.
+Realtime: a Poisson process of streamed completions with short prompts; arrivals do not wait for answers. When they come
+and what they ask is settled by the seed before the first is sent, whatever the engine does. Batch: a fixed number of
+whole answers in flight at all times, each with a longer prompt. No two prompts share a beginning, so that no prefix
+cache helps. Reads one JSON object (``Work``) from stdin, writes one (``Found``) to stdout.
 
-The first ``warmup_s`` seconds are not counted. Batch tokens are counted when their answer is complete: work that was
-thrown away counts nothing. With ``cooldown_s`` the load goes on for so long after the measured time, and an answer that
-lay only partly in it counts in part: without it, a throughput of few long answers depends on where the time was cut.
+Measured are ``seconds``, after ``warmup_s``; the same load goes on for ``cooldown_s`` more. Of realtime, what was sent
+in the measured time counts; an answer that has not begun by the end counts as one that begins then, so it does not
+drop out. Of batch, complete answers count, by the part of their life that lay in the measured time: work that was
+thrown away counts nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import uvloop
 PATH = "/v1/completions"
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in "aeio"]
 RETRY_AT_MOST_S = 2.0
+LAST_PART = b"data: [DONE]\n\n"  # no token
 
 
 @dataclass(frozen=True)
@@ -50,24 +53,21 @@ class Work:
     batch_words: tuple[int, int] = (40, 120)
     batch_tokens: tuple[int, int] = (64, 192)
     batch_headers: dict[str, str] = field(default_factory=dict)
-    batch_streamed: bool = False
     seed: int = 1
 
 
 @dataclass
 class Found:
-    """What was seen after the warm-up. Times in seconds."""
+    """What was seen in the measured time. Times in seconds. ``unanswered``: of ``ttft``, answers that never began."""
 
     ttft: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     realtime_tokens: int = 0
     realtime_done: int = 0
+    unanswered: int = 0
     batch_tokens: float = 0
-    batch_prompt_tokens: int = 0
     batch_done: int = 0
-    batch_seconds: list[float] = field(default_factory=list)
     refused: dict[str, int] = field(default_factory=dict)
-    started: list[float] = field(default_factory=list)
 
 
 class Answer(asyncio.Protocol):
@@ -113,44 +113,70 @@ class Answer(asyncio.Protocol):
             self.done.set_result(self._parser.get_status_code())
 
 
+class Asked:
+    """One realtime request and the times at which parts of its answer came."""
+
+    def __init__(self, sent: float, tokens: int) -> None:
+        self.sent, self.tokens = sent, tokens
+        self.times: list[float] = []
+        self.done = self.refused = False
+
+    def part(self, at: float, part: bytes) -> None:
+        if part != LAST_PART:
+            self.times.append(at)
+
+
 class Load:
     def __init__(self, work: Work) -> None:
         self.work, self.found = work, Found()
-        self._random = random.Random(work.seed)
         self._idle: list[Answer] = []
         self._refused: Counter[str] = Counter()
-        self._words = ["".join(self._random.choices(SYLLABLES, k=self._random.randint(1, 4))) for _ in range(4000)]
-        self._from = self._until = 0.0
+        chance = random.Random(0)
+        self._words = ["".join(chance.choices(SYLLABLES, k=chance.randint(1, 4))) for _ in range(4000)]
+        self._from = self._until = self._end = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._asked: list[Asked] = []
 
     async def run(self) -> Found:
         work = self.work
-        self._from = time.perf_counter() + work.warmup_s
+        trace = self._trace()
+        start = time.perf_counter()
+        self._from = start + work.warmup_s
         self._until = self._from + work.seconds
+        self._end = self._until + work.cooldown_s
         jobs = [self._batch_worker(number) for number in range(work.batch)]
         jobs += [self._realtime_client(number) for number in range(work.realtime_clients)]
         tasks = [asyncio.create_task(job) for job in jobs]
-        if work.realtime_rate:
-            await self._arrivals()
-        await asyncio.sleep(max(0.0, self._until + work.cooldown_s - time.perf_counter()))
+        await self._arrivals(start, trace)
+        await asyncio.sleep(max(0.0, self._end - time.perf_counter()))
         for task in [*tasks, *self._tasks]:
             task.cancel()
         for outcome in await asyncio.gather(*tasks, *self._tasks, return_exceptions=True):
             if isinstance(outcome, Exception):
                 raise outcome
+        self._realtime_found()
         self.found.refused = dict(self._refused)
         return self.found
 
-    def _counts(self, at: float) -> bool:
-        return self._from <= at < self._until
+    def _trace(self) -> list[tuple[float, bytes, int]]:
+        """All realtime requests to come: seconds after the start, body, tokens of the answer."""
+        work, chance = self.work, random.Random(f"{self.work.seed} realtime")
+        trace: list[tuple[float, bytes, int]] = []
+        at, end = 0.0, work.warmup_s + work.seconds + work.cooldown_s
+        while work.realtime_rate and (at := at + chance.expovariate(work.realtime_rate)) < end:
+            trace.append((at, *self._body(chance, work.realtime_words, work.realtime_tokens, stream=True)))
+        return trace
 
-    def _body(self, words: tuple[int, int], tokens: tuple[int, int], *, stream: bool) -> bytes:
-        chosen = self._random.choices(self._words, k=self._random.randint(*words))
+    def _body(
+        self, chance: random.Random, words: tuple[int, int], tokens: tuple[int, int], *, stream: bool
+    ) -> tuple[bytes, int]:
+        chosen = chance.choices(self._words, k=chance.randint(*words))
+        most = chance.randint(*tokens)
         body = {
-            "model": self.work.model, "prompt": " ".join(chosen), "max_tokens": self._random.randint(*tokens),
+            "model": self.work.model, "prompt": " ".join(chosen), "max_tokens": most,
             "ignore_eos": True, "stream": stream, "temperature": 0,
         }  # fmt: skip
-        return json.dumps(body).encode()
+        return json.dumps(body).encode(), most
 
     @staticmethod
     def _head(headers: dict[str, str]) -> bytes:
@@ -165,14 +191,10 @@ class Load:
 
     # Realtime
 
-    async def _arrivals(self) -> None:
-        at = time.perf_counter()
-        while True:
-            at += self._random.expovariate(self.work.realtime_rate)
-            if at >= self._until:
-                return
-            await asyncio.sleep(max(0.0, at - time.perf_counter()))
-            task = asyncio.create_task(self._realtime())
+    async def _arrivals(self, start: float, trace: list[tuple[float, bytes, int]]) -> None:
+        for at, body, tokens in trace:
+            await asyncio.sleep(max(0.0, start + at - time.perf_counter()))
+            task = asyncio.create_task(self._realtime(body, tokens))
             self._tasks.add(task)
             task.add_done_callback(self._ended)
 
@@ -182,65 +204,63 @@ class Load:
             task.result()
 
     async def _realtime_client(self, number: int) -> None:
+        chance = random.Random(f"{self.work.seed} client {number}")
         await asyncio.sleep(number * 0.003)
         while True:
-            await self._realtime()
+            await self._realtime(*self._body(chance, self.work.realtime_words, self.work.realtime_tokens, stream=True))
 
-    async def _realtime(self) -> None:
+    async def _realtime(self, body: bytes, tokens: int) -> None:
         answer = self._idle.pop() if self._idle else await self._connect()
         if answer.transport is None:
             answer = await self._connect()
-        times: list[float] = []
-        answer.on_part = lambda at, _part: times.append(at)
-        body = self._body(self.work.realtime_words, self.work.realtime_tokens, stream=True)
-        sent = time.perf_counter()
+        asked = Asked(time.perf_counter(), tokens)
+        self._asked.append(asked)
+        answer.on_part = asked.part
         status = await answer.ask(self._head(self.work.realtime_headers), body)
+        asked.done, asked.refused = status == 200, status != 200
         if status != 200:
             self._refused[f"realtime {status}"] += 1
             await asyncio.sleep(0.05)
-        elif self._counts(sent):
-            self.found.ttft.append(times[0] - sent)
-            self.found.started.append(sent - self._from)
-            self.found.gaps += [after - before for before, after in itertools.pairwise(times)]
-            self.found.realtime_done += 1
-            self.found.realtime_tokens += json.loads(body)["max_tokens"]
         if answer.transport is not None:
             self._idle.append(answer)
+
+    def _realtime_found(self) -> None:
+        found, now = self.found, time.perf_counter()
+        for asked in self._asked:
+            if asked.refused:
+                continue
+            found.realtime_tokens += sum(self._from <= at < self._until for at in asked.times)
+            if not self._from <= asked.sent < self._until:
+                continue
+            found.ttft.append((asked.times[0] if asked.times else now) - asked.sent)
+            found.unanswered += not asked.times
+            found.gaps += [after - before for before, after in itertools.pairwise(asked.times)]
+            found.realtime_done += asked.done
 
     # Batch
 
     async def _batch_worker(self, number: int) -> None:
+        chance = random.Random(f"{self.work.seed} batch {number}")
         await asyncio.sleep(number * 0.002)
         answer = await self._connect()
         head = self._head(self.work.batch_headers)
         while True:
             if answer.transport is None:
                 answer = await self._connect()
-            parts: list[bytes] = []
-            answer.on_part = lambda _at, part, parts=parts: parts.append(part)  # type: ignore[misc]
-            body = self._body(self.work.batch_words, self.work.batch_tokens, stream=self.work.batch_streamed)
+            body, tokens = self._body(chance, self.work.batch_words, self.work.batch_tokens, stream=False)
             sent = time.perf_counter()
             status = await answer.ask(head, body)
             if status == 200:
-                self._batch_done(sent, parts, json.loads(body)["max_tokens"])
+                self._batch_done(sent, tokens)
             else:
                 self._refused[f"batch {status}"] += 1
                 await asyncio.sleep(min(max(0.1, answer.retry_after), RETRY_AT_MOST_S))
 
-    def _batch_done(self, sent: float, parts: list[bytes], tokens: int) -> None:
+    def _batch_done(self, sent: float, tokens: int) -> None:
         now = time.perf_counter()
-        if self.work.cooldown_s:
-            inside = max(0.0, min(now, self._until) - max(sent, self._from))
-            self.found.batch_tokens += tokens * inside / (now - sent)
-            self.found.batch_done += inside > 0
-            return
-        if not self._counts(now):
-            return
-        self.found.batch_done += 1
-        self.found.batch_seconds.append(now - sent)
-        self.found.batch_tokens += tokens
-        if not self.work.batch_streamed:
-            self.found.batch_prompt_tokens += json.loads(b"".join(parts))["usage"]["prompt_tokens"]
+        inside = max(0.0, min(now, self._until) - max(sent, self._from))
+        self.found.batch_tokens += tokens * inside / (now - sent)
+        self.found.batch_done += inside > 0
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ The allowance, the first case that applies (docs/scheduling.md has the reasons):
 
 Beside the number:
 
-4. pacing: while realtime is active one batch prompt is let in after the other (``budget_pacing``)
+4. pacing: while realtime is active one batch prompt is let in after the other, and not just before a realtime
+   answer begins (``budget_pacing``)
 5. taking back: while realtime is active, what runs beyond one and a half times the allowance
 6. the floor: batch has had too little of this minute -> one request may go although realtime waits (``budget_floor``)
 
@@ -26,7 +27,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from vllm_bootstrap.scheduler.budget_cap import SETTLE_S, Cap
+from vllm_bootstrap.scheduler.budget_cap import GOOD_SAMPLES, SETTLE_S, Cap
 from vllm_bootstrap.scheduler.budget_floor import Floor
 from vllm_bootstrap.scheduler.budget_pacing import Pacing, grown, ratio
 from vllm_bootstrap.scheduler.ports import BatchBudget, BudgetReport, EngineSignals
@@ -94,6 +95,8 @@ class Budget(BatchBudget):
 
     def realtime_granted(self, sequences: int, prompt_tokens: int, now: float) -> None:  # noqa: ARG002
         self._realtime += sequences
+        if self._cap.baseline_s is not None:
+            self._pacing.realtime(self._cap.baseline_s, now)
         self._seen(now)
 
     def realtime_began(self, ttft_s: float, now: float) -> None:
@@ -124,13 +127,14 @@ class Budget(BatchBudget):
         self._pacing.granted(request, prompt_tokens, now)
         self._floor.runs(running=True, now=now)
 
-    def batch_began(self, request: int, now: float) -> None:  # noqa: ARG002
-        self._pacing.over(request)
+    def batch_began(self, request: int, now: float) -> None:
+        self._pacing.over(request, now)
 
     def batch_ended(self, request: int, sequences: int, now: float) -> None:
         self._running.discard(request)
         self._batch = max(0, self._batch - sequences)
-        self._pacing.over(request)
+        self._pacing.over(request, now)
+        self._pacing.wanted(now)
         if not self._running:
             self._batch_over_at = now
             self._floor.runs(running=False, now=now)
@@ -169,7 +173,7 @@ class Budget(BatchBudget):
         top = self._top
         if not self._active(now):  # 1
             return min(top, self._ramp(now))
-        if now < self._listen_until and self._policy.cap and not self._cap.knows(now):  # 2
+        if now < self._listen_until and self._policy.cap and not self._cap.knows(now, GOOD_SAMPLES):  # 2
             return 0
         room = self._slots - self._reserve - self._realtime
         cap = self._cap.value(self._slots - self._reserve) if self._policy.cap else top

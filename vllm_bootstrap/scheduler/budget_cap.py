@@ -4,8 +4,11 @@ Invariant: the cap is between 0 and its ceiling, it moves at most once per ``MIN
 only by answers of its own time. Without batch running an answer says what realtime is like alone; such answers make
 the baseline and never lower the cap.
 
-The median moves evenly with the number of sequences in a step, and few answers settle it; it steers. The tail is what
-is promised, but a handful of answers says little about it; single late ones are counted, two of them are no accident.
+What is promised concerns the latest answers: they may be later than the latest ones alone, by a factor. What batch adds
+comes on top of whatever makes them late alone, so that is how much room there is; where they are very late, so much
+would be felt by all others, and the room ends at what one and a half times the median would give. It is measured at
+the median, which moves evenly with the number of sequences in a step and is settled by few answers; a handful says
+little about the tail. Beyond that, single late answers are counted, and several of them are no accident.
 """
 
 from __future__ import annotations
@@ -14,14 +17,18 @@ import math
 from collections import deque
 
 MIN_SAMPLES = 8
-# Answers that make the baseline, and for how long they are believed without a fresh one.
-BASELINE_SAMPLES, BASELINE_AGE_S = 64, 600.0
-# What is late, is later than this part of realtime's answers alone, times the factor.
+# Answers that make the baseline: wanted, and remembered; and for how long they are believed without a fresh one.
+GOOD_SAMPLES, BASELINE_SAMPLES, BASELINE_AGE_S = 32, 64, 300.0
+RECENT_SAMPLES = 40
+# The latest answers: this part of them begins earlier. Answers later than these times the factor are late; so many of
+# the last ones are too many.
 TAIL = 0.95
-TAIL_SAMPLES, LATE_ONES = 40, 2
-# Parts of the way from 1 to the factor: below the first the cap may grow, above the second it shrinks.
-GROW_BELOW, SHRINK_ABOVE = 0.5, 0.8
-SHRINK_BY = 0.75
+LATE_SAMPLES, LATE_ONES = 64, 3
+WIDEST = 1.5
+# Parts of the room: below the first the cap grows, above the second it shrinks. What a step of growth adds must not
+# lead from the one over the other.
+GROW_BELOW, SHRINK_ABOVE = 0.45, 0.7
+GROW_BY, SHRINK_BY = 1.25, 0.75
 # After a change, sequences that were admitted before it still run.
 SETTLE_S = 0.5
 
@@ -33,7 +40,9 @@ class Cap:
         self._factor = factor
         self._alone: deque[float] = deque(maxlen=BASELINE_SAMPLES)
         self._alone_at = -math.inf
-        self._recent: deque[float] = deque(maxlen=TAIL_SAMPLES)
+        self._recent: deque[float] = deque(maxlen=RECENT_SAMPLES)
+        self._late: deque[bool] = deque(maxlen=LATE_SAMPLES)
+        self._ran = 0
         self._told = 0
         self._changed_at = -math.inf
         self._median = self._tail = 0.0
@@ -55,9 +64,9 @@ class Cap:
         """The middle of what it was like since the cap last moved."""
         return _part(self._recent, 0.5) if self._recent else None
 
-    def knows(self, now: float) -> bool:
-        """Whether there is a baseline that can be trusted."""
-        return len(self._alone) >= MIN_SAMPLES and now - self._alone_at < BASELINE_AGE_S
+    def knows(self, now: float, samples: int = MIN_SAMPLES) -> bool:
+        """Whether there is a baseline of so many answers that can be trusted."""
+        return len(self._alone) >= samples and now - self._alone_at < BASELINE_AGE_S
 
     def alone(self, ttft_s: float, now: float) -> None:
         """A realtime answer began while no batch ran."""
@@ -74,20 +83,23 @@ class Cap:
         if len(self._alone) < MIN_SAMPLES or now - self._changed_at < SETTLE_S:
             return
         self._recent.append(ttft_s)
+        self._late.append(ttft_s > self._factor * self._tail)
+        self._ran = max(self._ran, batch)
         self._told += 1
         if self._told % MIN_SAMPLES == 0 and len(self._recent) >= MIN_SAMPLES:
-            self._judge(batch, ceiling, now)
+            self._judge(ceiling, now)
 
-    def _judge(self, batch: int, ceiling: int, now: float) -> None:
-        more = _part(self._recent, 0.5) / self._median - 1
-        late = sum(one > self._factor * self._tail for one in self._recent)
-        allowed = self._factor - 1
+    def _judge(self, ceiling: int, now: float) -> None:
+        room = (self._factor - 1) * min(self._tail, WIDEST * self._median)
+        used = (_part(self._recent, 0.5) - self._median) / room if room > 0 else math.inf
+        late = sum(self._late)
         cap = self.value(ceiling)
-        if more > SHRINK_ABOVE * allowed or late >= LATE_ONES:
-            # What runs may be less than the cap: then the cap was not what held it back.
-            self._move(min(cap, batch) * SHRINK_BY, now)
-        elif more < GROW_BELOW * allowed and not late and batch >= cap - 1:
-            self._move(min(cap + max(1, cap // 16), ceiling), now)
+        if used > SHRINK_ABOVE or late >= LATE_ONES:
+            # What ran may be less than the cap: then the cap was not what held it back.
+            self._late.clear()
+            self._move(min(cap, self._ran) * SHRINK_BY, now)
+        elif used < GROW_BELOW and late < LATE_ONES - 1 and self._ran >= cap:
+            self._move(min(max(cap + 1, cap * GROW_BY), ceiling), now)
 
     def shrink(self, now: float) -> None:
         """The engine itself says that it is too much."""
@@ -102,6 +114,7 @@ class Cap:
     def _move(self, value: float, now: float) -> None:
         self._value = float(math.floor(value))
         self._changed_at = now
+        self._ran = 0
         self._recent.clear()
 
 

@@ -1,7 +1,8 @@
-"""How far apart batch prompts are let in while realtime is active. PURE.
+"""When batch prompts are let in while realtime is active. PURE.
 
 Invariant: the next batch prompt waits at least as long as the last one takes to be processed, as far as is known, so
-that no more than one of them lies in a step with a realtime prompt.
+that no more than one of them lies in a step with a realtime prompt; and it lets a realtime answer begin that is about
+to, but does not wait for more than one of them: where there is always one, batch goes on.
 
 An answer that comes whole shows no first byte, so the end of its prompt is reckoned: tokens times the seconds a token
 took lately. The engine counts the seconds from a prompt's first step to its first token; where prompts overlap, that
@@ -10,6 +11,7 @@ is more than each took, so the least of the last looks counts.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 from vllm_bootstrap.scheduler.ports import EngineSignals
@@ -27,7 +29,9 @@ class Pacing:
     def __init__(self) -> None:
         self._looks: deque[float] = deque(maxlen=LOOKS)
         self._request: int | None = None
-        self._until = 0.0
+        self._until = -math.inf
+        self._wanted_at: float | None = None
+        self._begins_at, self._begins_in_s = -math.inf, 0.0
 
     @property
     def token_s(self) -> float:
@@ -36,17 +40,28 @@ class Pacing:
 
     def granted(self, request: int, prompt_tokens: int, now: float) -> None:
         """A batch prompt goes to the engine; behind another one where that was let in for some other reason."""
-        self._request = request
+        self._request, self._wanted_at = request, None
         self._until = max(now, self._until) + min(prompt_tokens * self.token_s, LONGEST_S)
 
-    def over(self, request: int) -> None:
+    def over(self, request: int, now: float) -> None:
         """That prompt is done: its answer has begun, or it ended."""
         if request == self._request:
-            self._request, self._until = None, 0.0
+            self._request, self._until = None, min(self._until, now)
+
+    def wanted(self, now: float) -> None:
+        """A batch request ended, so that another may come."""
+        if self._wanted_at is None:
+            self._wanted_at = now
+
+    def realtime(self, begins_in_s: float, now: float) -> None:
+        """A realtime prompt goes to the engine; its answer is expected to begin so much later."""
+        self._begins_at, self._begins_in_s = now + begins_in_s, begins_in_s
 
     def until(self, now: float) -> float | None:
         """When the next may go; None: at once."""
-        return self._until if now < self._until else None
+        since = self._until if self._wanted_at is None else max(self._until, self._wanted_at)
+        until = max(self._until, min(self._begins_at, since + self._begins_in_s))
+        return until if now < until else None
 
     def signals(self, before: EngineSignals, now: EngineSignals) -> None:
         """Two looks at the engine's counters, one after the other."""

@@ -79,7 +79,7 @@ class KeyLimits:
         most = principal.max_parallel
         if most is not None and self._parallel.get(principal.name, 0) >= most:
             raise ConcurrencyLimit(
-                f"Limit of this key: {most} requests at once, and as many are queued or running. Wait for one to end",
+                f"Limit of this key: {_requests(most)} at once, and as many are queued or running. Wait for one to end",
                 retry_after=1,
             )
         if principal.requests_per_minute is not None:
@@ -157,7 +157,7 @@ class KeyLimits:
         if accepted >= limit:
             wait = window.less_in(accepted + 1 - limit, now) if limit else WINDOW_S
             raise TooManyRequests(
-                f"Limit of this key: {limit} requests a minute, and as many came in the last one. Send more slowly",
+                f"Limit of this key: {_requests(limit)} a minute, and as many came in the last one. Send more slowly",
                 retry_after=wait,
             )
 
@@ -204,3 +204,7 @@ def _window(windows: dict[str, Window], name: str) -> Window:
 
 def _share(window: Window, limit: int, now: float) -> Share:
     return Share(limit, max(0, limit - window.total(now)), window.empty_in(now))
+
+
+def _requests(count: int) -> str:
+    return "1 request" if count == 1 else f"{count} requests"

@@ -17,6 +17,8 @@ from vllm_bootstrap.errors import (
     QueueFull,
     Unavailable,
 )
+from vllm_bootstrap.scheduler.admission import Admission
+from vllm_bootstrap.scheduler.budget import Budget, BudgetPolicy
 from vllm_bootstrap.scheduler.tickets import ByLaunch, ByModel
 from vllm_bootstrap.serving import LoadReport
 
@@ -30,6 +32,14 @@ def test_1_a_draining_daemon_refuses_and_empties_its_queues() -> None:
     assert isinstance(desk.refusal(), Draining)
     desk.done(first)
     assert desk.granted == {}
+
+
+def test_without_settings_a_launch_keeps_the_reserve_and_the_slots_that_a_budget_has_by_default() -> None:
+    admission = Admission(max_queued=1)
+    admission.update(launch(slots=64), 0.0)
+    report, budget = admission.budgets(0.0)["a"], Budget(BudgetPolicy(), 64).report(0.0)
+    assert report == budget
+    assert 0 < report.reserve < report.slots == 64
 
 
 @pytest.mark.parametrize("target", [ByModel("unknown"), ByModel("")])

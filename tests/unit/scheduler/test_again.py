@@ -6,8 +6,8 @@ import pytest
 
 from tests.support.desk import MODEL, Desk, launch
 from vllm_bootstrap.auth.types import Principal
-from vllm_bootstrap.errors import Draining, LaunchNotReady, TooManyRequests, Unavailable
-from vllm_bootstrap.scheduler.tickets import ByLaunch, Ticket, Usage
+from vllm_bootstrap.errors import Draining, LaunchNotReady, ModelNotFound, TooManyRequests, Unavailable
+from vllm_bootstrap.scheduler.tickets import ByLaunch, ByModel, Ticket, Usage
 
 KEY = Principal("key", frozenset({"realtime"}), requests_per_minute=1, max_parallel=1, tokens_per_minute=100)
 
@@ -78,6 +78,45 @@ def test_the_place_it_leaves_goes_to_the_next() -> None:
     realtime = desk.ask()
     desk.again(request)
     assert desk.order() == [realtime]
+
+
+def test_the_place_of_one_that_nobody_serves_any_more_goes_to_the_next() -> None:
+    desk = Desk(launch(slots=1, names=("m", "n")))
+    request, waiting = desk.ask(cls="batch", replayable=True), desk.ask(ByModel("n"))
+    desk.say(launch(slots=1, names=("n",)))
+    with pytest.raises(ModelNotFound):
+        desk.again(request)
+    assert desk.order() == [waiting]
+
+
+def test_the_place_it_leaves_for_another_launch_goes_to_the_next_there() -> None:
+    desk = Desk(launch("a", slots=1, names=("m", "n")))
+    request, waiting = desk.ask(cls="batch", replayable=True), desk.ask(ByModel("n"))
+    desk.say(launch("b", slots=1))
+    desk.say(launch("a", slots=1, names=("n",)))
+    desk.again(request)
+    assert desk.granted == {request: "b", waiting: "a"}
+
+
+def test_it_goes_where_its_model_is_now_and_not_where_it_was_when_it_came() -> None:
+    desk = Desk(launch("a"))
+    request = desk.ask()
+    desk.say(launch("b"))
+    desk.say(launch("b", state="stopped", routable=False))
+    desk.say(launch("c"))
+    desk.eject("a")
+    desk.again(request)
+    assert desk.granted == {request: "c"}
+
+
+def test_one_that_stays_although_it_was_taken_back_is_not_counted_on_any_more() -> None:
+    desk = Desk(launch(slots=2))
+    older, younger = (desk.ask(cls="batch", replayable=True) for _ in range(2))
+    desk.ask()
+    assert desk.revoked == [younger]
+    desk.admission.kept(younger)
+    desk.ask()
+    assert desk.revoked == [younger, older]
 
 
 def test_an_ejected_launch_refuses_what_only_it_can_serve_and_keeps_what_runs() -> None:

@@ -96,9 +96,22 @@ def test_batch_pauses_until_realtime_alone_is_known():
     for _ in range(8):
         assert budget.allowance(now) == 0
         now = answer(budget, now, QUICK)
+    assert budget.allowance(now) == 0, "more answers make a better baseline, as long as that does not take long"
+    budget.realtime_arrived(4.9)
+    assert budget.allowance(4.9) == 0
+    now = 5.0
     assert budget.allowance(now) == 3
     assert budget.report(now).ttft_baseline_s == QUICK
     assert budget.report(now).reason == "Realtime is active: batch is held to what its answers bear."
+
+
+def test_many_answers_alone_end_the_pause_early():
+    budget = Budget(BudgetPolicy(), 128)
+    for number in range(32):
+        assert budget.allowance(number / 20) == (0 if number else 115)
+        budget.realtime_arrived(number / 20)
+        budget.realtime_began(QUICK, number / 20 + QUICK)
+    assert budget.allowance(1.6) == 3
 
 
 def test_realtime_that_shows_no_first_byte_is_listened_to_once():
@@ -157,12 +170,62 @@ def test_the_cap_shrinks_when_answers_begin_later_and_tries_again_from_nothing()
     assert budget.allowance(now) == 1
 
 
-def test_two_late_answers_are_no_accident():
+@pytest.mark.parametrize(("late", "expected"), [({6, 30}, 3), ({6, 30, 46}, 2)])
+def test_three_late_answers_of_64_are_no_accident(late, expected):
     budget, now = learnt()
     run_batch(budget, now, 1, 3)
-    for number in range(20):
-        now = answer(budget, now, 10 * QUICK if number in {6, 8} else QUICK)
-    assert budget.allowance(now) < 3
+    for number in range(48):
+        now = answer(budget, now, 10 * QUICK if number in late else 1.3 * QUICK)
+    assert budget.allowance(now) == expected
+
+
+def test_late_answers_count_although_the_cap_has_grown_meanwhile():
+    budget, now = learnt()
+    run_batch(budget, now, 1, 3)
+    caps = []
+    for number in range(28):
+        now = answer(budget, now, 10 * QUICK if number in {2, 18, 19} else QUICK)
+        caps.append(budget.allowance(now))
+    assert caps[7] == caps[17] == 4
+    assert caps[-1] == 2
+
+
+def test_the_cap_is_judged_by_the_most_that_ran():
+    budget, now = learnt()
+    run_batch(budget, now, 1, 2)
+    for number in range(60):
+        now = answer(budget, now, QUICK)
+        if number % 2:
+            budget.batch_ended(3, 1, now)
+        else:
+            run_batch(budget, now, 3, 1)
+    assert budget.allowance(now) == 4
+
+
+@pytest.mark.parametrize(
+    ("latest", "added", "expected"),
+    [(1.2, 0.2, 4), (1.2, 0.4, 3), (1.2, 0.5, 2), (1.5, 0.5, 3), (1.5, 0.65, 2), (9.0, 0.3, 4), (9.0, 0.65, 2)],
+)
+def test_the_room_is_half_of_what_the_latest_answers_take_alone_but_not_of_outliers(latest, added, expected):
+    budget, now = Budget(BudgetPolicy(), 128), 0.0
+    for number in range(32):
+        now = answer(budget, now, latest * QUICK if number % 8 == 0 else QUICK)
+    now += 10
+    run_batch(budget, now, 1, 3)
+    for _ in range(8):
+        now = answer(budget, now, QUICK + added * QUICK)
+    assert budget.allowance(now) == expected
+
+
+def test_where_answers_begin_at_once_there_is_no_room():
+    budget, now = Budget(BudgetPolicy(), 128), 0.0
+    for _ in range(8):
+        now = answer(budget, now, 0.0)
+    now += 10
+    run_batch(budget, now, 1, 3)
+    for _ in range(8):
+        now = answer(budget, now, 0.0)
+    assert budget.allowance(now) == 2
 
 
 def test_in_between_it_stays():
@@ -182,6 +245,7 @@ def test_an_old_baseline_is_made_anew():
     for _ in range(8):
         now = answer(budget, now, 3 * QUICK)
     assert budget.report(now).ttft_baseline_s == 3 * QUICK
+    now = answer(budget, now + 3.5, 3 * QUICK)
     assert budget.allowance(now) == 3
 
 
@@ -209,6 +273,22 @@ def test_batch_prompts_go_one_after_the_other_beside_realtime():
     assert budget.next_change(now) == pytest.approx(now + 0.1)
     budget.batch_began(1, now + 0.05)
     assert budget.paced_until(now + 0.05) is None
+
+
+def test_a_batch_prompt_lets_a_realtime_answer_begin_but_does_not_wait_for_ever():
+    budget, now = learnt()
+    budget.batch_granted(1, 1, 40, now)
+    budget.realtime_granted(1, 20, now + 1)
+    assert budget.paced_until(now + 1) is None, "there was room for another long before"
+    budget.batch_ended(1, 1, now + 1.002)
+    assert budget.paced_until(now + 1.002) == pytest.approx(now + 1.01)
+    budget.realtime_granted(1, 20, now + 1.005)
+    assert budget.paced_until(now + 1.005) == pytest.approx(now + 1.012), "only as long as one answer takes to begin"
+    budget.batch_ended(2, 1, now + 1.006)
+    assert budget.paced_until(now + 1.006) == pytest.approx(now + 1.012)
+    assert budget.next_change(now + 1.006) == pytest.approx(now + 1.012)
+    budget.batch_granted(3, 1, 40, now + 1.012)
+    assert budget.paced_until(now + 1.012) == pytest.approx(now + 1.022), "its own prompt"
 
 
 def test_a_prompt_that_ended_paces_nothing():
@@ -322,6 +402,21 @@ def test_a_request_that_runs_over_the_end_of_a_minute_counts_in_both():
     budget.batch_ended(1, 1, 62)
     assert budget.next_change(62) == 119
     assert not budget.overdue(118)
+
+
+def test_what_fell_due_and_found_no_slot_stays_due_in_the_next_minutes():
+    budget = Budget(BudgetPolicy(), 16)
+    budget.batch_waits(True, 0)
+    assert budget.overdue(59)
+    assert budget.overdue(60)
+    assert budget.overdue(200)
+    budget.batch_granted(1, 1, 10, 200)
+    budget.batch_ended(1, 1, 203)
+    assert not budget.overdue(203)
+    assert budget.overdue(297)  # its next minute began at 180 and had its three seconds
+    budget.batch_waits(False, 310)
+    budget.batch_waits(True, 311)
+    assert not budget.overdue(311)
 
 
 def test_no_floor():

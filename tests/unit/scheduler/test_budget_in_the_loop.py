@@ -103,7 +103,7 @@ def made(seed: int, slots: int = 128) -> Engine:
 def test_it_settles_where_realtime_is_hardly_later_and_batch_still_runs(rate, seed):
     engine = made(seed)
     engine.run(poisson(rate, engine.chance), until=180)
-    assert engine.tail(60, 180) <= 1.5 * 1.35 * ALONE_S * 1.35
+    assert engine.tail(60, 180) <= 1.6 * 1.345 * ALONE_S, "alone: 1.345; a hundredth of these few answers is luck"
     assert engine.mean_batch(60, 180) >= 2
 
 

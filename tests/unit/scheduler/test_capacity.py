@@ -291,3 +291,21 @@ def test_a_launch_announced_the_same_stays_ejected_and_another_engine_does_not()
     desk.say(launch(slots=2, routable=False, state="bootstrapping"))
     desk.say(launch(slots=2))
     assert desk.ask(ByModel("m")) in desk.granted
+
+
+def test_an_engine_that_comes_back_with_other_slots_has_another_budget() -> None:
+    desk = Desk(launch(slots=2))
+    desk.say(launch(slots=5))
+    assert desk.budgets[0].slots == 5
+    requests = [desk.ask(cls="batch") for _ in range(6)]
+    assert desk.order() == requests[:5]
+
+
+def test_d_who_waits_is_counted_anew_when_launches_change() -> None:
+    desk = Desk(launch("a", slots=4))
+    batch = [desk.ask(cls="batch", replayable=True) for _ in range(4)]
+    desk.ask(sequences=2)
+    assert desk.revoked == [batch[3], batch[2]]
+    desk.say(launch("b", slots=1, names=("n",)))
+    desk.ask()
+    assert desk.revoked == [batch[3], batch[2], batch[1]]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from vllm_bootstrap.auth.types import Principal
@@ -69,6 +71,22 @@ def test_requests_of_any_sixty_seconds_are_limited_exactly() -> None:
     with pytest.raises(TooManyRequests):
         limits.check(RATED, TICKET, 69.9)
     accept(limits, RATED, 70.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"max_parallel": 1}, "Limit of this key: 1 request at once, and as many are queued or running"),
+        ({"requests_per_minute": 1}, "Limit of this key: 1 request a minute, and as many came"),
+        ({"max_parallel": 2, "requests_per_minute": 1}, "1 request a minute"),
+    ],
+)
+def test_a_refusal_says_which_limit_it_was(fields: dict[str, Any], said: str) -> None:
+    limits, narrow = KeyLimits(), Principal("narrow", frozenset({"realtime"}), **fields)
+    accept(limits, narrow, 0.0)
+    with pytest.raises(TooManyRequests) as refused:
+        limits.check(narrow, TICKET, 1.0)
+    assert said in refused.value.message
 
 
 def test_a_refusal_costs_nothing() -> None:

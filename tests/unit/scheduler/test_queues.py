@@ -169,6 +169,19 @@ def test_7_realtime_takes_the_place_of_the_youngest_batch_request_in_a_full_queu
     assert isinstance(desk.refusal(), QueueFull)
 
 
+def test_7_who_waited_behind_what_is_displaced_gets_its_turn() -> None:
+    desk = Desk(launch("a", slots=1), launch("b", slots=2), max_queued=2)
+    desk.ask(ByLaunch("a"))
+    running = [desk.ask(ByLaunch("b"), cls="batch") for _ in range(2)]
+    small = desk.ask(ByLaunch("b"), cls="batch")
+    big = desk.ask(ByLaunch("b"), cls="batch", sequences=2, priority=1)
+    desk.done(running[0])
+    assert small not in desk.granted
+    desk.ask(ByLaunch("a"))
+    assert list(desk.rejected) == [big]
+    assert desk.granted[small] == "b"
+
+
 def test_7_nobody_is_displaced_in_vain() -> None:
     desk = Desk(launch(slots=1), max_queued_bytes=10 * MIB)
     desk.ask()
@@ -184,6 +197,20 @@ def test_7_what_came_back_is_not_displaced() -> None:
     desk.again(taken_back)
     assert desk.order() == [realtime]
     assert isinstance(desk.refusal(), QueueFull)
+
+
+def test_what_comes_back_is_taken_off_the_account_of_a_key_of_which_nobody_waited_any_more() -> None:
+    desk = Desk(launch(slots=4))
+    desk.ask(owner="blocker", sequences=4)
+    big = desk.ask(owner="big", cls="batch", sequences=3, replayable=True)
+    desk.done(1)
+    small = [desk.ask(owner="small", cls="batch", sequences=2) for _ in range(3)]
+    desk.ask(owner="small", cls="batch")
+    assert desk.order() == [big]
+    desk.again(big)  # it is first: its key has had nothing
+    assert desk.order() == [big]
+    desk.done(big)
+    assert desk.order() == small[:2]
 
 
 def test_turns_of_keys_that_see_different_models() -> None:

@@ -1,0 +1,43 @@
+"""How much of the machine somebody else took during a measurement, so that a table can say it.
+
+It looks at the kernel's counts only. What starts and ends in between and is nobody's child here counts as foreign.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from bench.common import cpu_s
+from bench.cosched.engines import descendants
+
+
+class Foreign:
+    """``share``: the part of the machine that others took while this was entered. Not others: this process, ``roots``,
+    and all below them."""
+
+    def __init__(self, roots: Sequence[int]) -> None:
+        self._roots = roots
+        self.share = 0.0
+
+    def __enter__(self) -> Self:
+        self._before = self._look()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        every, busy, own = (now - before for now, before in zip(self._look(), self._before, strict=True))
+        self.share = max(0.0, busy - own) / every
+
+    def _look(self) -> tuple[float, float, float]:
+        """CPU seconds that there were, that anybody used, and that this process and those below it did."""
+        user, nice, system, idle, wait, *rest = (
+            int(one) / os.sysconf("SC_CLK_TCK") for one in Path("/proc/stat").read_text().split("\n")[0].split()[1:]
+        )
+        busy = user + nice + system + sum(rest)
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        roots = [os.getpid(), *self._roots]
+        own = sum(cpu_s(one) for one in {*roots, *(below for root in roots for below in descendants(root))})
+        return busy + idle + wait, busy, own + ended.ru_utime + ended.ru_stime
