@@ -58,15 +58,15 @@ class Row:
         return [
             f"{self.load:g} x", f"{self.offered:.0f}", f"{self.goodput:.1f}", f"{100 * self.goodput / best:.0f} %",
             f"{self.tokens:.0f}", ", ".join(f"{percentile(self.first_ms, p):.0f}" for p in (50, 99)), share,
-            ", ".join(refused) if self.refusal_ms else "", retry, str(self.others), f"{self.peak_mb:.0f}",
-            f"{self.cpu:.0f}",
+            ", ".join(refused) if self.refusal_ms else "", f"{percentile(self.result['late'], 99):.1f}", retry,
+            str(self.others), f"{self.peak_mb:.0f}", f"{self.cpu:.0f}",
         ]  # fmt: skip
 
 
 HEADS = (
     "offered", "requests/s", "goodput, requests/s", "share of the best", "useful tokens/s",
-    "first byte of streams p50, p99 (ms)", "refused", "refusal p50, p99 (ms)", "Retry-After (s)", "other ends",
-    "daemon RSS peak, MB", "daemon CPU, %",
+    "first byte of streams p50, p99 (ms)", "refused", "refusal p50, p99 (ms)", "of it sent late, p99 (ms)",
+    "Retry-After (s)", "other ends", "daemon RSS peak, MB", "daemon CPU, %",
 )  # fmt: skip
 
 

@@ -4,8 +4,8 @@
 
 Requests arrive as a Poisson process of RATE a second, whatever has become of the earlier ones; every second one asks
 for a stream. Each goes on an idle kept connection or opens a new one. RATE 0 measures capacity instead: a closed loop
-of CLOSED connections. Times run from the moment at which a request was due, so that a late load hides nothing. Prints
-one JSON object; times in ms.
+of CLOSED connections. Times run from the moment at which a request was due, so that a late load hides nothing; how late
+each was sent is told too (``late``). Prints one JSON object; times in ms.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ class Run:
         self.others: Counter[str] = Counter()
         self.finished: list[tuple[float, float | None, float, int]] = []
         self.refused: list[tuple[float, int, int]] = []
+        self.late: list[float] = []
         self.began = time.perf_counter()
         self.changed = asyncio.Event()
         self.requests = [self._request(key, stream=stream) for stream in (False, True)]
@@ -96,6 +97,7 @@ class Run:
 
     async def send(self, number: int, due: float) -> None:
         self.pending += 1
+        self.late.append((time.perf_counter() - due) * 1000)
         try:
             client = self.idle.pop() if self.idle else await self._connect()
         except OSError:
@@ -178,8 +180,8 @@ async def main() -> None:
         sent = await closed_loop(run, float(seconds))
     lasted = time.perf_counter() - began
     await run.quiet()
-    result = {"sent": sent, "seconds": lasted, "finished": run.finished, "refused": run.refused, "others": run.others}
-    print(json.dumps(result))
+    seen = {"finished": run.finished, "refused": run.refused, "late": run.late, "others": run.others}
+    print(json.dumps({"sent": sent, "seconds": lasted, **seen}))
 
 
 if __name__ == "__main__":

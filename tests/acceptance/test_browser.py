@@ -155,6 +155,28 @@ def test_the_whole_way(page: Page, daemon: DaemonProcess) -> None:
     assert daemon.request("GET", "/launches").json()["data"] == []
 
 
+def test_replicas_are_launched_and_stand_side_by_side(page: Page, daemon: DaemonProcess) -> None:
+    sign_in(page)
+    page.click("#open-launch")
+    page.type("#f-model", "org/twice")
+    page.click("#launch-form summary")
+    page.type("#f-replicas", "3")
+    page.click("#launch-form [type=submit]")
+    page.see("#launch-error", "3 replicas take a GPU each, and there are 2")
+    field = page.see("#f-replicas")
+    assert field.get_attribute("aria-invalid") == "true"
+    field.clear()
+    field.send_keys("per_gpu")
+    page.click("#launch-form [type=submit]")
+    page.gone("#launch-dialog")
+    page.see(".launch .device", "one of 2 replicas")
+    assert len(page.all(".launches:not(.ended) > .launch")) == 2
+    assert page.complaints() == []
+    group_id = daemon.request("GET", "/launches").json()["data"][0]["group_id"]
+    assert daemon.stop_launch(group_id).status == 200
+    assert daemon.request("DELETE", f"/launches/{group_id}").status in (200, 204)
+
+
 def test_a_link_with_a_key_leads_to_a_clean_address(page: Page) -> None:
     page.open(f"/dashboard?key={KEY}")
     page.see(".headline")

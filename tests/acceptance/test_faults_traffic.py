@@ -46,8 +46,14 @@ class Box:
         connection = socket.socket()
         if receive_buffer is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+            # Segments as on a network: for those of the loopback device the kernel keeps megabytes of each stream.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
         connection.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(connection, self.daemon.address)
+        try:
+            await asyncio.get_running_loop().sock_connect(connection, self.daemon.address)
+        except BaseException:
+            connection.close()
+            raise
         reader, writer = await asyncio.open_connection(sock=connection, limit=2**16)
         wire = Wire(reader, writer)
         try:
@@ -164,11 +170,12 @@ def test_fault_18_clients_that_leave_at_any_moment_leave_nothing(box: Box) -> No
 
 
 @contextlib.asynccontextmanager
-async def flooding() -> AsyncIterator[tuple[int, Counter[str]]]:
-    """An engine elsewhere that streams 20 MB to whoever asks for a flood. Its port, and what it has sent."""
+async def flooding(path: Path) -> AsyncIterator[Counter[str]]:
+    """An engine elsewhere that streams 20 MB to whoever asks for a flood. Yields what it has sent."""
     told: Counter[str] = Counter()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.add(writer)
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
@@ -187,23 +194,27 @@ async def flooding() -> AsyncIterator[tuple[int, Counter[str]]]:
         except (asyncio.IncompleteReadError, ConnectionError):
             told["cut"] += 1
         finally:
-            writer.close()
+            writers.discard(writer)
+            writer.transport.abort()  # a mere close would wait for a reader of what is still to be sent
 
-    listener = socket.create_server(("127.0.0.1", 0))
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)  # else the kernel takes megabytes of each
-    server = await asyncio.start_server(serve, sock=listener)
+    writers: set[asyncio.StreamWriter] = set()
+    server = await asyncio.start_unix_server(serve, path)
     try:
-        yield server.sockets[0].getsockname()[1], told
+        yield told
     finally:
         server.close()
+        for writer in writers:
+            writer.transport.abort()
+        await eventually(lambda: not writers)
 
 
 def test_fault_19_two_hundred_slow_readers_cost_little_memory_and_are_cut(tmp_path: Path) -> None:
     readers = 200
 
     async def main() -> None:
-        async with flooding() as (port, told), contextlib.AsyncExitStack() as stack:
-            entry = {"kind": "external", "url": f"http://127.0.0.1:{port}", "served_names": ["tap"], "slots": 300}
+        engine = tmp_path / "e"
+        async with flooding(engine) as told, contextlib.AsyncExitStack() as stack:
+            entry = {"kind": "external", "uds": str(engine), "served_names": ["tap"], "slots": 300}
             (tmp_path / "engines.json").write_text(json.dumps({"engines": {"flood": entry}}))
             settings = {"engines_file": tmp_path / "engines.json", "write_stall_timeout_s": 2, "devices": "mock:1"}
             daemon = DaemonProcess(**settings)
@@ -223,7 +234,7 @@ def test_fault_19_two_hundred_slow_readers_cost_little_memory_and_are_cut(tmp_pa
                 sent = told["bytes"]
                 for _ in range(10):
                     assert (await box.ask(body=plain)).status == 200
-            assert told["bytes"] < readers * 12_000_000  # in the kernel's buffers, nearly all
+            assert told["bytes"] < readers * 2_000_000  # in the kernel's buffers, mostly
             assert box.rss_mb() < before + 100
             for wire in wires[:5]:  # these read on, slowly: none of their bytes is lost, and they are not cut
                 wire.writer.transport.resume_reading()  # type: ignore[attr-defined]

@@ -110,6 +110,14 @@ def test_streams(box: Box, way: str) -> None:
             assert len([event for event in plain if event.choices]) >= 3
         with client.chat.completions.stream(model=MODEL, messages=CHAT) as events:
             assert events.get_final_completion().choices[0].message.content == "one two three"
+        pieces: dict[int, str] = {0: "", 1: ""}
+        for event in client.chat.completions.create(model=MODEL, messages=CHAT, n=2, stream=True):
+            for choice in event.choices:
+                pieces[choice.index] += choice.delta.content or ""
+        assert [sorted(text.split()) for text in pieces.values()] == [["one", "three", "two"]] * 2
+        told = list(client.responses.create(model=MODEL, input="one two", stream=True))
+        assert [event.type for event in told][:: len(told) - 1] == ["response.created", "response.completed"]
+        assert "".join(event.delta for event in told if event.type == "response.output_text.delta") == "one two"
 
 
 def test_the_async_client_asks_many_at_once(box: Box) -> None:
@@ -125,6 +133,34 @@ def test_the_async_client_asks_many_at_once(box: Box) -> None:
             assert set(await asyncio.gather(*(one(client, n) for n in range(40)))) == {"one two three"}
             numbers = await client.embeddings.create(model=MODEL, input="one")
             assert numbers.data[0].embedding
+
+    asyncio.run(main())
+    box.assert_freed()
+
+
+def test_the_async_client_gets_what_the_plain_one_gets(box: Box) -> None:
+    async def main() -> None:
+        async with box.async_client() as client:
+            chat = await client.chat.completions.create(model=MODEL, messages=CHAT, n=2)
+            assert [choice.index for choice in chat.choices] == [0, 1]
+            plain = await client.completions.create(model=MODEL, prompt=["a", "b"], max_tokens=2)
+            assert len(plain.choices) == 2
+            assert (await client.responses.create(model=MODEL, input="one two")).output_text == "one two"
+            assert [model.id async for model in client.models.list()] == [MODEL]
+            with pytest.raises(openai.NotFoundError) as unknown:
+                await client.chat.completions.create(model="nobody", messages=CHAT)
+            assert unknown.value.code == "model_not_found"
+        async with box.async_client(key="k-wrong") as stranger:
+            with pytest.raises(openai.AuthenticationError):
+                await stranger.models.list()
+        async with box.async_client(key="k-one") as client:
+            held = await client.completions.create(model=MODEL, prompt="a", stream=True, **LONG)
+            await anext(aiter(held))
+            with pytest.raises(openai.RateLimitError) as refused:
+                await client.completions.create(model=MODEL, prompt="a", max_tokens=1)
+            assert refused.value.code == "concurrency_limit"
+            assert 1 <= int(refused.value.response.headers["retry-after"]) <= 60
+            await held.close()
 
     asyncio.run(main())
     box.assert_freed()

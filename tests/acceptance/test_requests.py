@@ -93,6 +93,12 @@ def test_one_runs_one_waits_and_each_is_ended_by_those_who_may(daemon: DaemonPro
     for call in (first, second):
         call.connection.close()
 
+    known = {row["request_id"]: row for row in daemon.request("GET", "/activity?model=sim", key=WATCH).json()["data"]}
+    never_ran = known[two["id"]]
+    assert (never_ran["status"], never_ran["code"], never_ran["launch_id"]) == (409, "cancelled", None)
+    assert two["queue_ms"] <= never_ran["queue_ms"] <= never_ran["duration_ms"]
+    assert (known[one["id"]]["status"], known[one["id"]]["code"]) == (200, "cancelled")
+
 
 def engine_running(daemon: DaemonProcess, launch_id: str) -> float:
     text = daemon.request("GET", f"/proxy/{launch_id}/metrics").body.decode()
@@ -108,6 +114,7 @@ def test_what_ended_is_remembered_without_its_content_over_a_kill(daemon: Daemon
     assert daemon.request("POST", "/v1/chat/completions", {**SHORT, "model": "nope"}, key=CHAT).status == 404
     newest, before = daemon.request("GET", "/activity?limit=2", key=WATCH).json()["data"]
     assert (newest["status"], newest["code"], newest["owner"]) == (404, "model_not_found", "chat")
+    assert newest["model"] is None
     assert (before["status"], before["model"], before["class"]) == (200, "sim", "realtime")
     assert before["request_id"] == answer.headers["x-request-id"]
     assert (before["prompt_tokens"], before["completion_tokens"]) == (used["prompt_tokens"], used["completion_tokens"])

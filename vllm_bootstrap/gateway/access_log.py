@@ -49,5 +49,5 @@ def _line(record: RequestRecord) -> str:
     status = f"{record.status} {record.code}" if record.code else record.status
     return (
         f"{record.request_id} {record.method} {record.path} -> {status} in {record.duration_s:.3f} s, "
-        f"owner {record.owner}, launch {record.launch_id}"
+        f"owner {record.owner}, launch {record.launch_id or '-'}"
     )

@@ -14,6 +14,9 @@ from vllm_bootstrap.gateway.usage import Tap
 from vllm_bootstrap.scheduler.tickets import Ticket, Usage
 from vllm_bootstrap.serving import Instance
 
+# Refusals that come before it is known whether anything serves what was asked for.
+NOT_SERVED = frozenset({"model_not_found", "not_found", "draining"})
+
 
 class Journey:
     """Set as things happen. Times are ``time.monotonic``: the loop's stands still within an iteration."""
@@ -64,7 +67,7 @@ class Journey:
             self._head.method,
             self._head.path,
             now - self._started_at,
-            int((now - self.queued_at) * 1000) if state == "queued" else self.queue_ms,
+            self._waited_ms(now),
             ticket.sequences if ticket is not None else 1,
             tap.tokens if tap is not None else 0,
             self.stream,
@@ -84,10 +87,10 @@ class Journey:
             status,
             code,
             self.owner,
-            instance.served_names[0] if instance is not None and instance.served_names else None,
+            self._served_name(code),
             instance.launch_id if instance is not None else None,
             ticket.cls if ticket is not None else None,
-            self.queue_ms,
+            self._waited_ms(now),
             time.time() - duration,
             duration,
             None if began is None else began - self.granted_at,
@@ -98,6 +101,19 @@ class Journey:
             self._between_tokens(made, now) if began is not None else None,
             self.stream,
         )
+
+    def _waited_ms(self, now: float) -> int:
+        """All its time in the queue so far, that before it was taken back included."""
+        waiting = now - self.queued_at if self.queued_at > self.granted_at else 0.0
+        return self.queue_ms + int(waiting * 1000)
+
+    def _served_name(self, code: str | None) -> str | None:
+        """What took it is served as, or would have: a name that a client makes up is not kept."""
+        instance = self.instance
+        if instance is not None and instance.served_names:
+            return instance.served_names[0]
+        by_name = self._head.path.startswith("/v1/")
+        return self.model if by_name and self.ticket is not None and code not in NOT_SERVED else None
 
     def _between_tokens(self, made: int | None, now: float) -> float | None:
         """Mean time between two tokens of one sequence of a stream."""

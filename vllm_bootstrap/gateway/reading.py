@@ -1,7 +1,7 @@
 """A request's body on its way in: counted against the memory of all, large uploads moved to disk meanwhile.
 
 Invariant: what is held is accounted for in ``gateway.body_bytes`` from its first byte until ``drop``; while a piece
-goes to disk the client is not read from. Must not know: what the body is for, keys, queues, engines.
+is parsed or goes to disk the client is not read from. Must not know: what the body is for, keys, queues, engines.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vllm_bootstrap.gateway.relay import Client
 class Reading:
     """``done`` is called once: with None when the body is whole, or with what is wrong with it."""
 
-    __slots__ = ("_client", "_done", "_ended", "_gateway", "_reserved", "_spooling", "bytes_in", "intake")
+    __slots__ = ("_client", "_digesting", "_done", "_ended", "_gateway", "_reserved", "bytes_in", "intake")
 
     def __init__(
         self, gateway: Gateway, client: Client, intake: Intake, done: Callable[[ApiError | None], None]
@@ -27,7 +27,7 @@ class Reading:
         self._done: Callable[[ApiError | None], None] | None = done
         self._reserved = self.bytes_in = 0
         self._ended = False
-        self._spooling: transfer.Transfer | None = None
+        self._digesting: transfer.Transfer | None = None
 
     def feed(self, piece: bytes) -> None:
         if self._done is None:
@@ -40,18 +40,18 @@ class Reading:
         except ApiError as error:
             self._finish(error)
             return
-        if intake.upload is not None and intake.upload.is_full and self._spooling is None:
+        if intake.upload is not None and intake.upload.has_backlog and self._digesting is None:
             self._client.pause_reading()
-            self._spooling = transfer.to_disk(intake.upload, self._spooled)
+            self._digesting = transfer.digest(intake.upload, self._digested)
 
     def end(self) -> None:
         """The body is whole."""
         self._ended = True
-        if self._spooling is None:
+        if self._digesting is None:
             self._finish(None)
 
-    def _spooled(self, problem: ApiError | None) -> None:
-        self._spooling = None
+    def _digested(self, problem: ApiError | None) -> None:
+        self._digesting = None
         if problem is not None:
             self._finish(problem)
             return
@@ -73,9 +73,9 @@ class Reading:
     def stop(self) -> None:
         """Read no further; what is held stays. Idempotent."""
         self._done = None
-        if self._spooling is not None:
-            self._spooling.cancel()
-            self._spooling = None
+        if self._digesting is not None:
+            self._digesting.cancel()
+            self._digesting = None
 
     def drop(self) -> None:
         """The body is not needed any more. Idempotent."""

@@ -138,6 +138,7 @@ class Relay:
             self._last = parts[-1]
         if self._client.write_paused:
             connection.pause()
+            self._last = self._last[-4:]  # its end is all that ``fail`` looks at; a slow reader must not cost it twice
 
     def _deliver_chunked(self, connection: UpstreamConnection, lead: bytes, parts: list[bytes]) -> None:
         write = self._client.transport.write

@@ -46,12 +46,12 @@ class Transfer:
             raise problem
 
 
-def to_disk(upload: Upload, done: Done) -> Transfer:
-    """Bring what is in memory to the file until the upload is not full any more."""
+def digest(upload: Upload, done: Done) -> Transfer:
+    """Read what has come of the upload, and bring what is too much for memory to its file."""
 
     async def work() -> None:
-        while upload.is_full:
-            await upload.flush()
+        while upload.has_backlog:
+            await upload.digest()
 
     return Transfer(work(), done)
 

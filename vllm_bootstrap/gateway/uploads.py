@@ -3,7 +3,8 @@
 Invariant: what is sent on is byte for byte what came in, and only after all of it was read: a slow upload holds no
 engine slot, no field is seen by the engine that was not judged here, and a stale connection can be answered by sending
 again. At most ``MEMORY_BYTES`` of it (and one read more) are in memory; files are written and read off the event loop.
-The parser is the one vLLM uses. Must not know: engines, keys, connections.
+The parser is the one vLLM uses: fast, but a few MB a second where a body is full of what nearly is its boundary, so it
+is never given more than ``SLICE_BYTES`` at a time. Must not know: engines, keys, connections.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from vllm_bootstrap.errors import BadRequest, PayloadTooLarge
 from vllm_bootstrap.gateway.bodies import REFUSED
 
 MEMORY_BYTES = 1024 * 1024
+SLICE_BYTES = 16 * 1024
 MAX_FIELD_BYTES = 64 * 1024
 MAX_PARTS = 100
 _READ = 256 * 1024
@@ -43,8 +45,9 @@ class _Part:
 
 
 class Upload:
-    """Feed it pieces as they come; ``flush`` when ``is_full`` says so; ``finish`` at the end; then ``fields`` holds
-    the judged plain fields and ``chunks`` gives the bytes back. ``close`` always, it removes the file."""
+    """Feed it pieces as they come; ``digest`` while ``has_backlog`` says so, also before ``finish`` at the end; then
+    ``fields`` holds the judged plain fields and ``chunks`` gives the bytes back. ``close`` always, it removes the
+    file."""
 
     def __init__(self, content_type: bytes, *, max_bytes: int, spool_dir: Path) -> None:
         self.size = 0
@@ -53,6 +56,7 @@ class Upload:
         self._spool_dir = spool_dir
         self._pieces: list[bytes] = []
         self._in_memory = 0
+        self._unread: list[bytes] = []  # pieces that the parser has not seen
         self._file: IO[bytes] | None = None
         self._part = _Part()
         self._parts = 0
@@ -84,26 +88,40 @@ class Upload:
             raise BadRequest(f"The multipart body cannot be read: {exc}") from None
 
     @property
-    def is_full(self) -> bool:
-        """Whether it is time to ``flush`` before more is fed."""
-        return self._in_memory > MEMORY_BYTES
+    def has_backlog(self) -> bool:
+        """Whether it is time to ``digest`` before more is fed."""
+        return bool(self._unread) or self._in_memory > MEMORY_BYTES
 
     def feed(self, piece: bytes) -> None:
         """Take one piece. Does not block. Raises ``BadRequest`` or ``PayloadTooLarge``."""
         self.size += len(piece)
         if self.size > self._max_bytes:
             raise PayloadTooLarge(f"The upload is larger than {self._max_bytes} bytes")
-        try:
-            self._parser.write(piece)
-        except FormParserError as exc:
-            raise BadRequest(f"The multipart body cannot be read: {exc}") from None
         self._pieces.append(piece)
         self._in_memory += len(piece)
+        if self._unread or len(piece) > SLICE_BYTES:
+            self._unread.append(piece)
+        else:
+            self._parse(piece)
 
-    async def flush(self) -> None:
-        """Move what is in memory to the file. Raises ``OSError``."""
-        pieces, self._pieces, self._in_memory = self._pieces, [], 0
-        await asyncio.to_thread(self._write, pieces)
+    def _parse(self, data: bytes) -> None:
+        try:
+            self._parser.write(data)
+        except FormParserError as exc:
+            raise BadRequest(f"The multipart body cannot be read: {exc}") from None
+
+    async def digest(self) -> None:
+        """Read what waits, letting others go on in between, and move what is too much for memory to the file. Raises
+        ``BadRequest`` and ``OSError``."""
+        while self._unread:
+            piece = self._unread[0]
+            for start in range(0, len(piece), SLICE_BYTES):
+                self._parse(piece[start : start + SLICE_BYTES])
+                await asyncio.sleep(0)
+            self._unread = self._unread[1:]
+        if self._in_memory > MEMORY_BYTES:
+            pieces, self._pieces, self._in_memory = self._pieces, [], 0
+            await asyncio.to_thread(self._write, pieces)
 
     def _write(self, pieces: list[bytes]) -> None:
         if self._file is None:
@@ -127,7 +145,7 @@ class Upload:
 
     def close(self) -> None:
         """Free memory and file. Idempotent."""
-        self._pieces = []
+        self._pieces, self._unread = [], []
         if self._file is not None:
             self._file.close()
 

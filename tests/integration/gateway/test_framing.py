@@ -12,63 +12,9 @@ import pytest
 
 from tests.support.aio import eventually
 from tests.support.data_plane import LAUNCH, Plane, instance, request, run, running
+from tests.support.malformed import BODY, HONEST, SMUGGLING, chunked, data
 from tests.support.raw_upstream import RawUpstream, Visit, answer
 from vllm_bootstrap.gateway import GatewayLimits
-
-CHUNKED = [("Transfer-Encoding", "chunked")]
-BODY = b'{"model":"model","prompt":"x"}'
-
-
-def chunked(*chunks: bytes, end: bytes = b"0\r\n\r\n") -> bytes:
-    return b"".join(b"%x\r\n%b\r\n" % (len(one), one) for one in chunks) + end
-
-
-def data(raw_body: bytes, **options: Any) -> bytes:
-    return request(raw_body=raw_body, headers=CHUNKED, **options)
-
-
-SMUGGLING = {
-    "length and chunks": request(
-        raw_body=b"0\r\n\r\nGET /x HTTP/1.1\r\n\r\n", headers=[*CHUNKED, ("Content-Length", "4")]
-    ),
-    "two lengths": request(raw_body=BODY, headers=[("Content-Length", "30"), ("Content-Length", "5")]),
-    "two equal lengths": request(raw_body=BODY, headers=[("Content-Length", "30"), ("Content-Length", "30")]),
-    "two codings": request(raw_body=chunked(BODY), headers=[("Transfer-Encoding", "chunked, identity")]),
-    "unknown coding": request(raw_body=BODY, headers=[("Transfer-Encoding", "xchunked")]),
-    "bare LF in head": request().replace(b"Host: 127.0.0.1\r\n", b"Host: 127.0.0.1\n"),
-    "only LF": request().replace(b"\r\n", b"\n"),
-    "folded line": request(headers=[("X-A", "b\r\n folded")]),
-    "space before colon": request(headers=[("Content-Length ", "3")]),
-    "CR in value": request(headers=[("X-A", "b\rX-Vllm-Priority: 1")]),
-    "NUL in value": request(headers=[("X-A", "b\x00")]),
-    "no host": request().replace(b"Host: 127.0.0.1\r\n", b""),
-    "two hosts": request(headers=[("Host", "127.0.0.1")]),
-    "empty host": request().replace(b"Host: 127.0.0.1", b"Host: "),
-    "host with path": request().replace(b"Host: 127.0.0.1", b"Host: a/#@b"),
-    "absolute target": request("POST", "http://127.0.0.1/v1/completions"),
-    "asterisk": request("OPTIONS", "*"),
-    "target without slash": request("POST", "v1/completions"),
-    "double slash": request("POST", "//v1/completions"),
-    "double slash inside": request("POST", "/v1//completions"),
-    "dots": request("POST", "/v1/x/../completions"),
-    "encoded dots": request("POST", "/v1/x/%2e%2e/completions"),
-    "encoded slash": request("POST", "/v1%2fcompletions/%2e%2e"),
-    "encoded letter": request("POST", f"/proxy/{LAUNCH}/v1/%63ompletions"),
-    "backslash": request("POST", "/v1/x\\..\\completions"),
-    "chunks in 1.0": data(chunked(BODY)).replace(b"HTTP/1.1", b"HTTP/1.0"),
-    "HTTP/2 preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n\r\n\r\n",
-    "chunk size with sign": data(b"+5\r\nhello\r\n0\r\n\r\n"),
-    "chunk size with 0x": data(b"0x5\r\nhello\r\n0\r\n\r\n"),
-    "chunk size with space": data(b"5 \r\nhello\r\n0\r\n\r\n"),
-    "chunk size too large": data(b"fffffffffffffffff\r\n"),
-    "bare LF after chunk size": data(b"5\nhello\r\n0\r\n\r\n"),
-    "bad chunk extension": data(b"5;\x01=a\r\nhello\r\n0\r\n\r\n"),
-    "LF in chunk extension": data(b"5;a\nhello\r\n0\r\n\r\n"),
-    "chunk longer than said": data(b"5\r\nhello!\r\n0\r\n\r\n"),
-    "length in trailers": data(chunked(BODY, end=b"0\r\nContent-Length: 5\r\n\r\n")),
-    "LF in trailers": data(chunked(BODY, end=b"0\r\nX: y\n\r\n")),
-}
 
 
 @pytest.mark.parametrize("name", SMUGGLING)
@@ -91,18 +37,7 @@ def test_ambiguous_requests_are_refused_and_reach_nobody(tmp_path: Path, name: s
     run(main())
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
-        data(chunked(BODY)),
-        data(chunked(BODY[:5], BODY[5:])),
-        data(b"1e;name=value\r\n" + BODY + b"\r\n0\r\n\r\n"),
-        data(b"001E\r\n" + BODY + b"\r\n000\r\n\r\n"),
-        data(chunked(BODY, end=b"0\r\nX-Vllm-Priority: -5\r\nAuthorization: x\r\n\r\n")),
-        request(raw_body=BODY),
-        b"\r\n" + request(raw_body=BODY),
-    ],
-)
+@pytest.mark.parametrize("raw", HONEST)
 def test_one_meaning_on_both_sides(tmp_path: Path, raw: bytes) -> None:
     async def main() -> None:
         async with running(tmp_path) as plane, RawUpstream(tmp_path / "e").running() as engine:

@@ -12,6 +12,7 @@ from tests.support.aio import eventually
 from tests.support.data_plane import LAUNCH, instance, request, run, running
 from tests.support.raw_upstream import RawUpstream, Visit, answer
 from vllm_bootstrap.gateway import GatewayLimits
+from vllm_bootstrap.gateway.uploads import SLICE_BYTES, Upload
 
 PATH = "/v1/audio/transcriptions"
 TYPE = ("Content-Type", 'multipart/form-data; boundary="b-1"')
@@ -81,6 +82,34 @@ def test_a_large_upload_goes_through_a_file_and_little_memory(tmp_path: Path) ->
             assert seen == len(body)
             assert digest.digest() == hashlib.sha256(body).digest()
             assert list(spool.iterdir()) == []
+
+    run(main())
+
+
+def test_others_go_on_while_a_body_full_of_near_boundaries_is_read() -> None:
+    """Such a body is read a thousand times slower than others: 60 ms for what one read of a socket may bring."""
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        piece = b"\r\n--b-\x00" * 37_000
+        upload = Upload(b"multipart/form-data; boundary=b", max_bytes=1 << 20, spool_dir=Path())
+        upload.feed(b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n')
+        assert not upload.has_backlog  # what is small is read at once
+        upload.feed(piece)
+        upload.feed(b'\r\n--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n--b--')  # and waits its turn
+        task = asyncio.create_task(others())
+        await upload.digest()
+        task.cancel()
+        assert turns >= len(piece) // SLICE_BYTES
+        assert not upload.has_backlog
+        upload.finish()
+        assert upload.fields == {"model": "m"}
 
     run(main())
 

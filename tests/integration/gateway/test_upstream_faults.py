@@ -14,39 +14,10 @@ import pytest
 
 from tests.support.aio import eventually
 from tests.support.data_plane import LAUNCH, Plane, Wire, advert, certificate, instance, request, run, running
+from tests.support.malformed import AFTER_HEADERS, BEFORE_HEADERS, BROKEN
 from tests.support.raw_upstream import EVENTS, LAST_CHUNK, RawUpstream, Visit, answer, chunk
 from vllm_bootstrap.gateway import GatewayLimits
 from vllm_bootstrap.serving import Endpoint
-
-BEFORE_HEADERS = {
-    "closes at once": b"",
-    "half a status line": b"HTTP/1.1 20",
-    "half a head": b"HTTP/1.1 200 OK\r\ncontent-le",
-    "garbage": b"\x00\x01garbage\r\n\r\n",
-    "another protocol": b"SSH-2.0-OpenSSH\r\n",
-    "two lengths": b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\nok",
-    "length and chunks": b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ntransfer-encoding: chunked\r\n\r\nok",
-    "unknown coding": b"HTTP/1.1 200 OK\r\ntransfer-encoding: gzip\r\n\r\nok",
-    "coding over chunks": b"HTTP/1.1 200 OK\r\ntransfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
-    "bad length": b"HTTP/1.1 200 OK\r\ncontent-length: -1\r\n\r\n",
-    "folded header": b"HTTP/1.1 200 OK\r\na: b\r\n c\r\n\r\n",
-    "bad header": b"HTTP/1.1 200 OK\r\na b: c\r\n\r\n",
-    "unasked switch": b"HTTP/1.1 101 Switching\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n",
-    "only interim": b"HTTP/1.1 100 Continue\r\n\r\n",
-    "endless head": b"HTTP/1.1 200 OK\r\n" + b"x: " + b"y" * 300_000,
-    "odd status": b"HTTP/1.1 99 Odd\r\n\r\n",
-    "CR in a value": b"HTTP/1.1 200 OK\r\na: b\rset-cookie: c\r\ncontent-length: 2\r\n\r\nok",
-    "LF in a value": b"HTTP/1.1 200 OK\r\na: b\nset-cookie: c\r\ncontent-length: 2\r\n\r\nok",
-    "NUL in a value": b"HTTP/1.1 200 OK\r\na: b\x00\r\ncontent-length: 2\r\n\r\nok",
-    "only LF": b"HTTP/1.1 200 OK\ncontent-length: 2\n\nok",
-    "chunked twice": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked, chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
-    "length with a sign": b"HTTP/1.1 200 OK\r\ncontent-length: +2\r\n\r\nok",
-    "list of lengths": b"HTTP/1.1 200 OK\r\ncontent-length: 2, 2\r\n\r\nok",
-    "space before the colon": b"HTTP/1.1 200 OK\r\ncontent-length : 2\r\n\r\nok",
-}
-
-
-PIECES = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
 @pytest.mark.parametrize("name", BEFORE_HEADERS)
@@ -70,13 +41,6 @@ def test_what_is_no_answer_is_a_502(tmp_path: Path, name: str) -> None:
             assert plane.in_use() == 0
 
     run(main())
-
-
-AFTER_HEADERS = {
-    "cut in a stream": EVENTS + chunk(b"data: 1\n\n"),
-    "cut in a chunk": EVENTS + chunk(b"data: 1\n\n") + b"20\r\ndata: 2",
-    "bad chunk": EVENTS + chunk(b"data: 1\n\n") + b"zz\r\n",
-}
 
 
 @pytest.mark.parametrize("name", AFTER_HEADERS)
@@ -108,20 +72,7 @@ def test_a_broken_stream_ends_with_an_error_event(tmp_path: Path, name: str, pat
     run(main())
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 10\r\n\r\n{}",
-        b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n",
-        b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 50\r\n\r\ndata: 1\n\n",
-        EVENTS.replace(b"\r\n\r\n", b"\r\ncontent-encoding: gzip\r\n\r\n") + chunk(b"hello"),
-        PIECES + b"+2\r\nok\r\n0\r\n\r\n",
-        PIECES + b"0x2\r\nok\r\n0\r\n\r\n",
-        PIECES + b"fffffffffffffffff\r\n",
-        PIECES + b"2\r\nok!\r\n0\r\n\r\n",
-        PIECES + b"2\nok\r\n0\r\n\r\n",
-    ],
-)
+@pytest.mark.parametrize("raw", BROKEN)
 def test_any_other_broken_answer_is_cut(tmp_path: Path, raw: bytes) -> None:
     async def script(visit: Visit) -> None:
         await visit.send(raw)

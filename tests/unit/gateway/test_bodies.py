@@ -199,3 +199,49 @@ def test_a_body_has_a_bounded_number_of_fields():
     fields = b",".join(b'"f%d":1' % number for number in range(1_001))
     with pytest.raises(BadRequest, match="more than 1000 fields"):
         bodies.parse(b"{" + fields + b"}")
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ('{"messages": [{"image_url": 1}]}', True),
+        ('{"messages": [{"image_\\u0075rl": 1}]}', True),
+        ('{"prompt": "see the picture"}', False),
+    ],
+)
+def test_whether_a_body_can_name_a_url_is_seen_without_a_walk(text: str, names: bool) -> None:
+    assert parse(text).names_urls is names
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ('{"stream": true}', {"include_usage": True}),
+        ('{"stream": true, "stream_options": null}', {"include_usage": True}),
+        ('{"stream": true, "stream_options": {}}', {"include_usage": True}),
+        ('{"stream": true, "stream_options": {"include_usage": false, "x": 1}}', {"include_usage": True, "x": 1}),
+        (
+            '{"stream": true, "stream_options": {"continuous_usage_stats": true}}',
+            {"include_usage": True, "continuous_usage_stats": False},
+        ),
+    ],
+)
+def test_a_stream_is_made_to_end_with_its_token_counts(text: str, options: dict[str, object]) -> None:
+    wish = bodies.asking_for_usage(parse(text))
+    assert wish is not None
+    changed = json.loads(bodies.with_members(parse(text), {"stream_options": wish}))
+    assert changed == {"stream": True, "stream_options": options}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        '{"stream": false}',
+        '{"stream": 1}',
+        '{"stream": true, "stream_options": {"include_usage": true}}',
+        '{"stream": true, "stream_options": "no object"}',
+    ],
+)
+def test_no_token_counts_are_asked_for_where_none_come_or_they_come_anyway(text: str) -> None:
+    assert bodies.asking_for_usage(parse(text)) is None

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from vllm_bootstrap.auth.guard import Pass
+from vllm_bootstrap.auth.types import Principal
 from vllm_bootstrap.errors import ModelLoading, Unauthorized, UpstreamError
 from vllm_bootstrap.gateway import headers
+from vllm_bootstrap.gateway.familiar import Memory
 from vllm_bootstrap.gateway.head import Head, HeadLimits, parse_head
+from vllm_bootstrap.gateway.targets import ToModel
 from vllm_bootstrap.serving import Endpoint, Instance
 
 INSTANCE = Instance(
@@ -41,6 +46,21 @@ def test_what_an_engine_is_told_by_us() -> None:
 def test_another_engine() -> None:
     plain = Instance("l1", "l1", "x", "b", (), Endpoint(host="h", port=9, base_path="/base"), 1, ())
     assert sent(head(), plain, length=None) == ["POST /base/v1/x HTTP/1.1", "host: h:9", "x-request-id: r1"]
+
+
+def test_a_familiar_head_is_rendered_once_for_each_engine_and_class_and_anew_for_an_engine_that_changed() -> None:
+    first = head("Content-Length: 5", "Accept: a")
+    permit = Pass(Principal("k", frozenset({"realtime"})), 1)
+    memory = Memory(first, ToModel("/v1/x"), None, permit)
+    again = replace(first, headers=memory.head.headers, memory=memory)
+    assert sent(again) == sent(first)
+    assert sent(again, cls="batch") == sent(first, cls="batch")
+    known = dict(memory.rendered)
+    assert len(known) == 2
+    assert sent(again) == sent(first)
+    assert all(memory.rendered[key] is value for key, value in known.items())
+    restarted = replace(INSTANCE, endpoint=Endpoint(uds="/y", credential="another"))
+    assert "authorization: Bearer another" in sent(again, restarted)
 
 
 def test_batch_goes_later() -> None:
@@ -171,3 +191,11 @@ def test_error_events() -> None:
     named = headers.error_event(UpstreamError("died"), at_boundary=True, anthropic=True)
     assert named.startswith(b"event: error\ndata: ")
     assert json.loads(named.partition(b"data: ")[2])["type"] == "error"
+
+
+def test_what_every_answer_says_about_its_way() -> None:
+    assert headers.own_headers("req_1", "l1", 17) == [
+        (b"x-request-id", b"req_1"),
+        (b"x-launch-id", b"l1"),
+        (b"x-queue-ms", b"17"),
+    ]

@@ -94,3 +94,13 @@ def test_a_rest_worth_dropping() -> None:
     assert not box.rest_is_small  # it may never come
     box.body_part(b"a")
     assert box.rest_is_small
+
+
+def test_whether_bytes_of_a_counted_body_are_still_to_come() -> None:
+    box = inbox()
+    box.expect(request(3))
+    assert box.misses_some
+    box.body_part(b"ab")
+    assert box.misses_some
+    box.body_part(b"cGET")
+    assert not box.misses_some

@@ -97,3 +97,19 @@ def test_the_model_of_a_websocket() -> None:
         targets.model_in_query(handshake(b"model=a&model=b"))
     with pytest.raises(BadRequest):
         targets.model_in_query(handshake(b"&".join(b"a=b" for _ in range(60))))
+
+
+@pytest.mark.parametrize(
+    ("path", "method"),
+    [
+        ("/v1/responses/resp_1", "GET"),
+        ("/v1/responses/resp_1/cancel", "POST"),
+        ("/v1/responses/resp_1/input_items", None),
+        ("/v1/responses/", None),
+        ("/v1/responses", None),
+        ("/v1/chat/completions", None),
+    ],
+)
+def test_paths_of_one_stored_response(path: str, method: str | None) -> None:
+    route = targets.stateful(path)
+    assert (None if route is None else route.method) == method
