@@ -31,6 +31,7 @@ ACTIVITY_MIGRATIONS = MIGRATIONS / "activity"
 FLUSH_S = 1.0
 FLUSH_ROWS = 2_000
 BUFFER_ROWS = 20_000
+LOOKING = frozenset({"GET", "HEAD"})
 PRUNE_STEP = 5_000
 # Rows of one INSERT: each statement lets go of the interpreter once, so few large ones hold the event loop up least.
 CHUNK = 64
@@ -62,7 +63,8 @@ class ActivityRow(NamedTuple):
 
 
 class UsageRow(NamedTuple):
-    """Sums over the requests that the history still holds. ``failed``: answered with 400 or above."""
+    """Sums over the requests that the history still holds. ``failed``: answered with 400 or above, or broken
+    off after the answer had begun."""
 
     owner: str
     cls: str | None
@@ -138,8 +140,8 @@ class Activity:
 
     def record(self, record: RequestRecord) -> None:
         """Keep a finished request. What was turned away at the door, without a key that fits, is not kept: anybody
-        could push the history out with it."""
-        if record.owner is None or self._closed:
+        could push the history out with it. Nor is what needs no slot (``/proxy/…/metrics``): a scraper would."""
+        if record.owner is None or self._closed or _is_looking(record):
             return
         pending = self._pending
         if len(pending) >= FLUSH_ROWS:
@@ -220,6 +222,10 @@ class Activity:
         return await self._database.read(work)
 
 
+def _is_looking(record: RequestRecord) -> bool:
+    return record.cls is None and (record.status < 400 or record.method in LOOKING)
+
+
 def _store(records: list[RequestRecord], node_id: str, cap: int, conn: sqlite3.Connection) -> int:
     """Add rows and remove some that are too many. Returns how many are still too many."""
     for start in range(0, len(records), CHUNK):
@@ -258,8 +264,9 @@ def _page(wanted: ActivityFilter, after: int | None, limit: int, conn: sqlite3.C
 
 def _usage(since: float | None, conn: sqlite3.Connection) -> tuple[list[UsageRow], float | None]:
     rows = conn.execute(
-        "SELECT owner, class, model, count(*), sum(status >= 400), coalesce(sum(prompt_tokens), 0), "
-        "coalesce(sum(completion_tokens), 0), min(started_at), max(started_at) FROM requests WHERE started_at >= ? "
+        "SELECT owner, class, model, count(*), sum(status >= 400 OR code IS NOT NULL), "
+        "coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0), "
+        "min(started_at), max(started_at) FROM requests WHERE started_at >= ? "
         "GROUP BY owner, class, model ORDER BY owner, class, model",
         [since or 0],
     ).fetchall()

@@ -344,7 +344,7 @@ class Daemon:
             log.info("Leaving; launches keep running")
             return
         outcomes = await self.supervisor.stop_all(force=self._signals > 1)
-        log.info("Stopped %d launches", len(outcomes))
+        log.info("Stopped launches: %d", len(outcomes))
 
 
 class _Server(uvicorn.Server):

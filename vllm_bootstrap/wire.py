@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints, field_validator
 
 API_VERSION: Literal["v1"] = "v1"
 LaunchState = Literal["bootstrapping", "ready", "stopping", "stopped", "failed", "asleep"]
@@ -62,7 +62,7 @@ class LaunchRequest(Request):
     trust_remote_code: bool | None = None
     extra_args: dict[str, Any] = Field(default_factory=dict)
     env: dict[str, str] = Field(default_factory=dict)
-    replicas: int | Literal["per_gpu"] | None = None
+    replicas: StrictInt | Literal["per_gpu"] | None = None
     labels: dict[str, str] = Field(default_factory=dict, max_length=32)
     restart: RestartSpec | Literal["never", "on-failure"] | None = None
 

@@ -56,8 +56,8 @@ def duration(seconds: float) -> str:
 
 
 def short(milliseconds: float) -> str:
-    """A duration that is often below a second: ``0.4 ms``, ``42 ms``, ``3.1 s``, ``2 m 5 s``."""
-    if milliseconds < 1:
+    """A duration that is often below a second: ``0 ms``, ``0.4 ms``, ``42 ms``, ``3.1 s``, ``2 m 5 s``."""
+    if 0 < milliseconds < 1:
         return f"{milliseconds:.1f} ms"
     return f"{milliseconds:.0f} ms" if milliseconds < 1000 else duration(milliseconds / 1000)
 
@@ -85,4 +85,7 @@ def tokens_per_second(tokens: int | None, duration_ms: float, before_ms: float) 
 
 
 def percent(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{fraction * 100:.0f} %"
+    """Whole per cent; of less than one its first digit, because a little is not nothing."""
+    if fraction is None:
+        return "-"
+    return f"{fraction * 100:.1g} %" if 0 < fraction < 0.01 else f"{fraction * 100:.0f} %"

@@ -189,7 +189,7 @@ function launchBody(form) {
         else extra[key] = value;
       }
     } else if (text) {
-      body[name] = ["gpu_count", "gpu_share", "max_model_len"].includes(name) ? asValue(text) : text;
+      body[name] = ["gpu_count", "gpu_share", "max_model_len", "replicas"].includes(name) ? asValue(text) : text;
     }
   }
   return Object.keys(extra).length ? { ...body, extra_args: extra } : body;

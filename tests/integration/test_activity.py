@@ -95,17 +95,33 @@ def test_who_was_turned_away_at_the_door_cannot_fill_it(tmp_path: Path) -> None:
     run(story())
 
 
+def test_who_only_looks_at_an_engine_cannot_fill_it(tmp_path: Path) -> None:
+    """A scraper of ``/proxy/{id}/metrics`` asks all day long, also while the launch is gone."""
+
+    async def story() -> None:
+        history = opened(tmp_path)
+        history.record(record(1, cls=None, method="GET", path="/proxy/l1/metrics", stream=None))
+        history.record(record(2, cls=None, method="GET", path="/proxy/l1/metrics", status=409, code="launch_not_ready"))
+        history.record(record(3, cls=None, path="/proxy/l1/tokenize", stream=None))
+        history.record(record(4, cls=None, status=400, code="invalid_json", stream=None))
+        history.record(record(5))
+        assert await ids(history) == ["req_5", "req_4"]
+        await history.close()
+
+    run(story())
+
+
 def test_sums_by_key_class_and_model(tmp_path: Path) -> None:
     async def story() -> None:
         history = opened(tmp_path)
         assert await history.usage() == ([], None)
         history.record(record(1))
         history.record(record(2, status=502, prompt_tokens=None, completion_tokens=None))
-        history.record(record(3, owner="bob", cls="batch"))
+        history.record(record(3, owner="bob", cls="batch", code="upstream_error"))  # its stream broke off
         rows, oldest = await history.usage()
         assert [tuple(row) for row in rows] == [
             ("alice", "realtime", "model", 2, 1, 7, 11, 1001.0, 1002.0),
-            ("bob", "batch", "model", 1, 0, 7, 11, 1003.0, 1003.0),
+            ("bob", "batch", "model", 1, 1, 7, 11, 1003.0, 1003.0),
         ]  # fmt: skip
         assert oldest == 1001.0
         rows, oldest = await history.usage(since=1003.0)

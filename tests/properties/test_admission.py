@@ -16,7 +16,7 @@ from vllm_bootstrap.scheduler.capacity import MAX_TAKEN_BACK
 from vllm_bootstrap.scheduler.tickets import ByLaunch, ByModel, Effect, Grant, Revoke, Target, Ticket, Usage
 from vllm_bootstrap.serving import Advert, Endpoint, Instance, RequestClass
 
-MAX_QUEUED, MAX_BYTES, TOKENS, ENQUEUED = 4, 30, 40, 25
+MAX_QUEUED, MAX_BYTES, TOKENS, ENQUEUED, A_MINUTE = 4, 30, 40, 25, 5
 LAUNCHES = {"a": (("m",), "g"), "b": (("m", "n"), "g"), "c": (("n",), "c")}
 BASES = {"a": "open/1", "b": "secret/2", "c": "open/3"}
 SCOPES = frozenset({"realtime", "batch"})
@@ -26,6 +26,7 @@ PRINCIPALS = {
     "two": Principal("two", SCOPES, max_parallel=2),
     "open": Principal("open", SCOPES, models=("m", "n", "open/*")),
     "counted": Principal("counted", SCOPES, tokens_per_minute=TOKENS, max_enqueued_tokens=ENQUEUED),
+    "rated": Principal("rated", SCOPES, requests_per_minute=A_MINUTE),
 }
 targets = st.sampled_from([ByModel("m"), ByModel("n"), *map(ByLaunch, ("a", "b", "c", "g"))])
 STATES = ("bootstrapping", "stopping", "failed", "ready")
@@ -54,6 +55,7 @@ class Seen:
     began: bool = False
     promoted: bool = False
     returning: bool = False
+    kept: bool = False
     taken_back: int = 0
     entries: list[list[float]] = field(default_factory=list)
 
@@ -79,9 +81,11 @@ class AdmissionMachine(RuleBasedStateMachine):
         self.running: dict[int, Seen] = {}
         self.ended: set[int] = set()
         self.window: list[list[float]] = []
+        self.rated: list[float] = []
         self.last_id = 0
         self.now = 0.0
         self.forgotten: set[int] = set()
+        self.last_taken_back: Seen | None = None
 
     def make_budget(self, slots: int) -> HandBudget:
         self.fresh.append(HandBudget(slots))
@@ -145,7 +149,7 @@ class AdmissionMachine(RuleBasedStateMachine):
         else:
             assert self.fits(one, launch)
         self.waiting.remove(one)
-        one.launch, one.promoted, one.began = launch, effect.promoted, False
+        one.launch, one.promoted, one.began, one.kept = launch, effect.promoted, False, False
         self.running[one.id] = one
 
     def follow(self) -> None:
@@ -158,10 +162,10 @@ class AdmissionMachine(RuleBasedStateMachine):
             one = self.running[effect.request]
             assert one.ticket.cls == "batch"
             assert one.ticket.replayable
-            assert not any((one.began, one.promoted, one.returning))
+            assert self.may_be_taken_back(one)
             one.taken_back += 1
             one.returning = True
-            assert one.taken_back <= MAX_TAKEN_BACK
+            self.last_taken_back = one
             return
         one = next(one for one in self.waiting if one.id == effect.request)
         if isinstance(effect, Grant):
@@ -170,10 +174,17 @@ class AdmissionMachine(RuleBasedStateMachine):
             self.waiting.remove(one)
             self.end(one, worked=False)
 
+    def may_be_taken_back(self, one: Seen) -> bool:
+        stays = one.began or one.promoted or one.kept or one.returning or one.taken_back >= MAX_TAKEN_BACK
+        return one.ticket.cls == "batch" and one.ticket.replayable and not stays
+
     def end(self, one: Seen, *, worked: bool) -> None:
         self.ended.add(one.id)
         if one.entries and not worked:
             one.entries[0][1] = 0
+
+    def rated_lately(self) -> int:
+        return sum(at > self.now - 60 for at in self.rated)
 
     def used_tokens(self) -> float:
         return sum(amount for at, amount in self.window if at > self.now - 60)
@@ -283,7 +294,20 @@ class AdmissionMachine(RuleBasedStateMachine):
         self.waiting.append(one)
         if grant is not None:
             self.grant(one, grant)
+        self.last_taken_back = None
         self.follow()
+        if grant is None and ticket.cls == "realtime":
+            self.room_is_made(pool)
+
+    def room_is_made(self, pool: list[str]) -> None:
+        """Realtime waits: as much of batch is taken back as all that wait with it need, and nothing more."""
+        wanted = max(sum(self.cost(o, n) for o in self.waits_for(n, "realtime")) for n in pool)
+        running = [one for launch in pool for one in self.on(launch)]
+        coming = sum(self.slots[launch] - self.used(launch) for launch in pool)
+        coming += sum(one.cost for one in running if one.returning)
+        assert coming >= wanted or not any(self.may_be_taken_back(one) for one in running)
+        if self.last_taken_back is not None:
+            assert coming - self.last_taken_back.cost < wanted
 
     def held(self, owner: str) -> list[Seen]:
         return [one for one in [*self.waiting, *self.running.values()] if one.ticket.owner == owner]
@@ -294,6 +318,9 @@ class AdmissionMachine(RuleBasedStateMachine):
     def check_limits(self, one: Seen) -> None:
         """It was accepted: its key must have had room."""
         assert one.ticket.owner != "two" or len(self.held("two")) < 2
+        if one.ticket.owner == "rated":
+            assert self.rated_lately() < A_MINUTE
+            self.rated.append(self.now)
         if one.ticket.owner == "counted":
             assert self.used_tokens() + one.tokens <= TOKENS
             assert one.ticket.cls == "realtime" or self.enqueued() + one.tokens <= ENQUEUED
@@ -311,7 +338,9 @@ class AdmissionMachine(RuleBasedStateMachine):
                 assert not ahead, "it could have run at once"
         elif isinstance(refusal, BadRequest | TooManyRequests):
             limit = ENQUEUED if one.ticket.cls == "batch" else TOKENS
-            if isinstance(refusal, BadRequest):
+            if one.ticket.owner == "rated":
+                assert self.rated_lately() == A_MINUTE
+            elif isinstance(refusal, BadRequest):
                 assert one.tokens > limit
             else:
                 too_many = self.used_tokens() + one.tokens > TOKENS
@@ -370,7 +399,7 @@ class AdmissionMachine(RuleBasedStateMachine):
         returning = sorted(one.id for one in self.running.values() if one.returning)
         if returning:
             one = self.running[data.draw(st.sampled_from(returning))]
-            one.returning = False
+            one.returning, one.kept = False, True
             self.admission.kept(one.id)
             self.follow()
 
@@ -421,6 +450,13 @@ class AdmissionMachine(RuleBasedStateMachine):
                 assert self.used(launch) >= self.slots[launch], "the floor was not given"
 
     @invariant()
+    def everybody_is_in_one_place(self) -> None:
+        """Waiting, running or ended, each that ever came: so all end once, and what is over has no place."""
+        waiting = {one.id for one in self.waiting}
+        assert len(waiting) == len(self.waiting)
+        assert sorted([*waiting, *self.running, *self.ended]) == list(range(1, self.last_id + 1))
+
+    @invariant()
     def nothing_waits_for_what_is_not_there(self) -> None:
         for one in self.waiting:
             assert any(self.may_run(launch, one.target, one.ticket) for launch in LAUNCHES)
@@ -433,6 +469,7 @@ class AdmissionMachine(RuleBasedStateMachine):
             assert sum(load.in_flight.values()) == len(mine)
             assert sum(load.queued.values()) == sum(self.answers(launch, one.target) for one in self.waiting)
             budget = self.budgets[launch]
+            assert budget.slots == self.slots.get(launch, budget.slots)
             assert budget.realtime == sum(one.cost for one in mine if one.ticket.cls == "realtime")
             assert budget.batch == sum(one.cost for one in mine if one.ticket.cls == "batch")
             told = budget.of("batch_waits")
@@ -461,6 +498,12 @@ class AdmissionMachine(RuleBasedStateMachine):
         assert state.tokens is not None
         assert state.tokens.remaining == max(0, TOKENS - self.used_tokens())
         assert self.admission.limits.enqueued("counted") == self.enqueued()
+        rated = PRINCIPALS["rated"]
+        assert rated is not None
+        state = self.admission.limits.rate(rated, self.now)
+        assert state is not None
+        assert state.requests is not None
+        assert state.requests.remaining == A_MINUTE - self.rated_lately()
 
     def teardown(self) -> None:
         self.admission.drain(self.now)
@@ -471,6 +514,11 @@ class AdmissionMachine(RuleBasedStateMachine):
             assert self.admission.take_effects() == []
         assert not self.admission._requests
         assert not self.admission._dispatcher.lines
+        assert self.admission.batch_waiting == 0
+        for report in self.admission.queues().values():
+            assert not any((*report.in_flight.values(), *report.queued.values()))
+        for name in PRINCIPALS:
+            assert self.admission.limits.parallel(name) == self.admission.limits.enqueued(name) == 0
         for launch in self.admission._directory.launches.values():
             counts = (launch.sequences, launch.batch, launch.returning, launch.wanted, *launch.in_flight.values())
             assert not any(counts)

@@ -7,15 +7,18 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.support.batching import BLOCK, Engine
 from vllm_bootstrap.engines.simulator.sequence import DECODE, ENDED, LEAVING, PREFILL, WAITING
 
-SLOTS, BUDGET, BLOCKS = 3, 10, 12
+SLOTS, BLOCKS = 3, 12
 LONGEST = BLOCK * BLOCKS
 
 
 class Machine(RuleBasedStateMachine):
-    @initialize(caching=st.booleans(), fcfs=st.booleans(), api=st.sampled_from([0.0, 0.3]))
-    def start(self, caching, fcfs, api):
+    @initialize(
+        budget=st.sampled_from([2, 10, 10]), caching=st.booleans(), fcfs=st.booleans(), api=st.sampled_from([0.0, 0.3])
+    )
+    def start(self, budget, caching, fcfs, api):
+        self.budget = budget
         self.engine = Engine(
-            slots=SLOTS, budget=BUDGET, blocks=BLOCKS, caching=caching, fcfs=fcfs, api_request_s=api, api_token_s=api,
+            slots=SLOTS, budget=budget, blocks=BLOCKS, caching=caching, fcfs=fcfs, api_request_s=api, api_token_s=api,
             latency_s=api, step_prefill_token_s=0.1,
         )  # fmt: skip
         self.all, self.aborted = [], set()
@@ -75,7 +78,9 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def no_step_is_larger_than_the_budget(self):
-        assert sum(self.engine.batch._chunks.values()) <= BUDGET
+        chunks = self.engine.batch._chunks.values()
+        assert sum(chunks) <= self.budget
+        assert all(chunks), "one that runs got no token"
 
     @invariant()
     def everybody_is_told_the_truth_once(self):

@@ -87,13 +87,14 @@ class RawUpstream:
             yield self
         finally:
             server.close()
-            self._writers_abort()
+            self.abort_all()
             await server.wait_closed()
 
     def __post_init__(self) -> None:
         self._writers: set[asyncio.StreamWriter] = set()
 
-    def _writers_abort(self) -> None:
+    def abort_all(self) -> None:
+        """Cut every connection that is open."""
         for writer in list(self._writers):
             writer.transport.abort()
 

@@ -57,3 +57,11 @@ def test_too_little_chance_is_refused() -> None:
 )
 def test_other_texts_are_no_launch_ids(text: str) -> None:
     assert not ids.is_launch_id(text)
+
+
+def test_ids_of_launches_and_of_groups_are_told_apart() -> None:
+    launch, group = ids.new_id("l", 1, bytes(7)), ids.new_id("g", 1, bytes(7))
+    assert ids.is_group_id(group)
+    assert not ids.is_launch_id(group)
+    assert not ids.is_group_id(launch)
+    assert not ids.is_group_id(group + "\n")

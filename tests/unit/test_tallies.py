@@ -58,6 +58,27 @@ def test_a_refused_request_is_a_status_and_nothing_more():
     assert of(traffic, "none").statuses == {401: 1}
 
 
+def test_what_an_answer_does_not_tell_is_not_counted_as_nothing():
+    traffic = Traffic()
+    traffic.finished(record(first_byte_s=None, inter_token_s=None, prompt_tokens=None, completion_tokens=None))
+    traffic.finished(record(inter_token_s=None))  # one token: no gap
+    tally = of(traffic)
+    spreads = (tally.wait, tally.first_byte, tally.first_token, tally.token_gap)
+    assert [spread.cumulated()[-1][1] for spread in spreads] == [2, 1, 1, 0]
+    assert tally.tokens == {"model": [7, 11]}
+
+
+def test_tokens_of_a_model_add_up():
+    traffic = Traffic()
+    traffic.finished(record())
+    traffic.finished(record(completion_tokens=None))
+    assert of(traffic).tokens == {"model": [14, 11]}
+
+
+def test_every_class_has_a_tally_from_the_start():
+    assert [name for name, tally in Traffic() if not tally.statuses] == ["realtime", "batch", "none"]
+
+
 def test_names_of_models_are_bounded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tallies, "MODELS_MAX", 2)
     traffic = Traffic()

@@ -37,6 +37,7 @@ def test_time_left():
 
 def test_fractions():
     assert (wording.percent(None), wording.percent(0.256)) == ("-", "26 %")
+    assert (wording.percent(0.0), wording.percent(0.001), wording.percent(0.0099)) == ("0 %", "0.1 %", "1 %")
 
 
 @pytest.mark.parametrize("name", [*PHASES, STARTING, WAITING_FOR_GPU])
@@ -58,7 +59,7 @@ def test_what_has_no_words_is_shown_nevertheless():
 
 
 @pytest.mark.parametrize(
-    ("milliseconds", "said"), [(0, "0.0 ms"), (0.41, "0.4 ms"), (41.6, "42 ms"), (3140, "3.1 s"), (125_000, "2 m 5 s")]
+    ("milliseconds", "said"), [(0, "0 ms"), (0.41, "0.4 ms"), (41.6, "42 ms"), (3140, "3.1 s"), (125_000, "2 m 5 s")]
 )
 def test_short_times_are_told_in_milliseconds(milliseconds, said):
     assert wording.short(milliseconds) == said

@@ -150,7 +150,7 @@ def launch_card(launch: LaunchStatus, now: datetime) -> LaunchCard:
         label="unresponsive" if unresponsive else {"bootstrapping": "loading"}.get(launch.state, launch.state),
         active=launch.state not in ENDED_STATES,
         can_stop=launch.state in ("bootstrapping", "ready"),
-        device=_device(launch),
+        device=_where(launch),
         summary=_summary(launch, now),
         bar=_start_bar(launch) if launch.state == "bootstrapping" else None,
         failure=_failure(launch),
@@ -165,6 +165,11 @@ def _device(launch: LaunchStatus) -> str:
     names = ", ".join(str(claim.uuid if claim.index is None else claim.index) for claim in launch.gpus)
     share = launch.gpus[0].share if launch.gpus else 1
     return (f"GPU {names}" if names else "") + (f" ({percent(share)})" if share < 1 else "")
+
+
+def _where(launch: LaunchStatus) -> str:
+    replica = f"one of {launch.group_size} replicas" if launch.group_id != launch.launch_id else ""
+    return " · ".join(part for part in (_device(launch), replica) if part)
 
 
 def _summary(launch: LaunchStatus, now: datetime) -> str:
@@ -185,7 +190,7 @@ def _start_bar(launch: LaunchStatus) -> Bar:
     """By earlier starts of the same model where there were any, else by the phase's own fraction."""
     progress = launch.progress
     if launch.next_attempt_at is not None:
-        return Bar(None, f"waiting for attempt {launch.attempt + 1}")
+        return Bar(None, f"waiting for attempt {launch.attempt}")
     if progress is None:
         return Bar(None, phase(None))
     parts = [phase(progress.phase) + _detail(progress), duration(progress.elapsed_s)]
@@ -220,6 +225,7 @@ def _failure(launch: LaunchStatus) -> FailureCard | None:
 
 def _facts(launch: LaunchStatus) -> tuple[tuple[str, str], ...]:
     rows = [
+        ("group", launch.group_id if launch.group_id != launch.launch_id else ""),
         ("model", launch.model if launch.model != launch.served_model_name else ""),
         ("engine", launch.engine),
         ("owner", launch.owner),

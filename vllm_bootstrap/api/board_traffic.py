@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from vllm_bootstrap.auth import scopes
 from vllm_bootstrap.auth.types import Principal
+from vllm_bootstrap.errors import Cancelled
 from vllm_bootstrap.wire import BatchBudget, Load
 from vllm_bootstrap.wire_requests import ActivityEntry, RequestEntry
 from vllm_bootstrap.wording import duration, percent, short, tokens_per_second
@@ -150,6 +151,13 @@ def _request(entry: RequestEntry, caller: Principal) -> RequestRow:
     )
 
 
+def _tone(status: int, code: str | None) -> str:
+    """A stream that broke off had begun with 200: it is not good for that."""
+    if status < 400:
+        return "good" if code is None else "refused" if code == Cancelled.code else "bad"
+    return "refused" if status < 500 else "bad"
+
+
 def _recent(entry: ActivityEntry) -> RecentRow:
     speed = tokens_per_second(entry.completion_tokens, entry.duration_ms, entry.ttft_ms or entry.queue_ms)
     figures = [entry.code.replace("_", " ")] if entry.code else []
@@ -158,11 +166,13 @@ def _recent(entry: ActivityEntry) -> RecentRow:
         figures.append(f"first token {short(entry.ttft_ms)}")
     elif entry.queue_ms >= WORTH_SAYING_MS:
         figures.append(f"waited {short(entry.queue_ms)}")
-    if entry.prompt_tokens is not None or entry.completion_tokens is not None:
-        figures.append(f"{entry.prompt_tokens or 0} + {entry.completion_tokens or 0} tokens")
+    if entry.prompt_tokens is not None:
+        figures.append(f"{entry.prompt_tokens} + {entry.completion_tokens or 0} tokens")
+    elif entry.completion_tokens is not None:  # of a stream that was cut before the engine said what it had read
+        figures.append(f"{entry.completion_tokens} tokens")
     return RecentRow(
         key=entry.id,
-        tone="good" if entry.status < 400 else "refused" if entry.status < 500 else "bad",
+        tone=_tone(entry.status, entry.code),
         status=str(entry.status),
         cls=entry.request_class or "",
         owner=entry.owner,

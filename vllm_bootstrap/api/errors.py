@@ -38,7 +38,7 @@ def from_validation(problems: Sequence[Any]) -> ApiError:
     if first["type"] == "json_invalid":
         return InvalidJson(f"The body is not valid JSON: {first['ctx']['error']} at position {first['loc'][-1]}.")
     param = _param(first)
-    reasons = dict.fromkeys(str(p["msg"]) for p in problems if _param(p) == param)
+    reasons = dict.fromkeys(str(p["msg"]).removeprefix("Value error, ") for p in problems if _param(p) == param)
     return BadRequest(f"{param or 'The body'}: {'; or '.join(reasons)}.", param=param or None)
 
 

@@ -91,7 +91,7 @@ async def cancel_request(api: Api, caller: Caller, request_id: str) -> Response:
     """End a request under way, one's own or, with ``admin``, anybody's. Its client gets an error, its slot is free."""
     info = api.requests.get(request_id)
     if info is None or not _may_end(caller, info):
-        raise NotFound("No such request is under way.", param="request_id")
+        raise NotFound(f"No request {request_id!r} is under way.", param="request_id")
     api.requests.cancel(request_id)
     return answer(CancelResult(id=info.id, state=info.state))
 

@@ -6,8 +6,9 @@ Pure functions. Times become RFC 3339 in UTC here; what a caller may not see is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 from vllm_bootstrap.activity import ActivityRow, UsageRow
 from vllm_bootstrap.gateway.inflight import RequestInfo
@@ -130,10 +131,15 @@ def load(
     oldest_wait_s: float | None = None,
     budget: BudgetReport | None = None,
 ) -> Load:
-    batch = None if budget is None else BatchBudget.model_validate(budget, from_attributes=True)
+    batch = None if budget is None else BatchBudget.model_validate(_rounded(budget))
     return Load(
         capacity=capacity, in_flight=report.in_flight, queued=report.queued, oldest_wait_s=oldest_wait_s, batch=batch
     )
+
+
+def _rounded(budget: BudgetReport) -> dict[str, Any]:
+    """Its fields, times to the tenth of a millisecond."""
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in asdict(budget).items()}
 
 
 def request(info: RequestInfo) -> RequestEntry:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from vllm_bootstrap.cli import output, progress, text
+from vllm_bootstrap.cli import loads, output, progress, text
 from vllm_bootstrap.cli.options import UsageError
 from vllm_bootstrap.client import Client, LaunchFailed
 from vllm_bootstrap.sdk.waiting import OnProgress
@@ -136,8 +136,8 @@ def as_lines(group: Sequence[LaunchStatus], rows: Sequence[list[str]]) -> list[l
     devices = devices_of([claim for launch in group for claim in launch.gpus])
     running = sum(sum(launch.load.in_flight.values()) for launch in group)
     queued = max(sum(launch.load.queued.values()) for launch in group)
-    summed = [first.group_id, name, state, devices, rows[0][4], str(running), str(queued)]
-    summed += ["-"] * (len(rows[0]) - len(summed))
+    batch = loads.batch_share(*(launch.load for launch in group))
+    summed = [first.group_id, name, state, devices, rows[0][4], str(running), str(queued), batch]
     return [summed, *([f"  {row[0]}", *row[1:]] for row in rows)]
 
 
@@ -145,8 +145,6 @@ def show(found: LaunchGroup, base: str, rows: Sequence[list[str]]) -> None:
     """A group and its launches, whose lines of ``ps`` are ``rows``."""
     state = f"{found.state}, {found.ready} of {len(found.replicas)}"
     output.say(f"{output.styled(found.model, 'bold')}  {output.styled(state, output.style_of(found.state))}")
-    load = found.load
-    of = f" of {load.capacity}" if load.capacity else ""
     output.pairs([
         ("group", found.group_id),
         ("served as", found.served_model_name),
@@ -156,12 +154,13 @@ def show(found: LaunchGroup, base: str, rows: Sequence[list[str]]) -> None:
         ("url", f"{base}{found.proxy_url}/v1"),
         ("labels", ", ".join(f"{name}={value}" for name, value in found.labels.items())),
         ("restart", found.restart),
-        ("requests", f"{sum(load.in_flight.values())}{of} running, {sum(load.queued.values())} queued"),
+        ("requests", loads.requests_of(found.load)),
         ("started", f"{found.created_at:%Y-%m-%d %H:%M:%S}Z, {text.age(found.created_at)} ago"),
     ])  # fmt: skip
     output.table(
-        ["REPLICA", "STATE", "GPUS", "RUNNING", "QUEUED"], [[r[0], *r[2:4], *r[5:7]] for r in rows], state_column=1
-    )
+        ["REPLICA", "STATE", "GPUS", "RUNNING", "QUEUED", "BATCH"], [[r[0], *r[2:4], *r[5:]] for r in rows],
+        state_column=1, spare=("BATCH", "GPUS"),
+    )  # fmt: skip
     if found.failure is not None:
         output.say(f"\nLast failure: {found.failure.message}")
         if found.failure.hint:

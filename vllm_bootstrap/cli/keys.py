@@ -26,6 +26,21 @@ SHARED = {"VLLM_ACCESS_KEY": "one shared key, all scopes", "ORCHESTRATOR_TOKEN":
 KeyFile = Annotated[
     Path | None, typer.Argument(metavar="[FILE]", help="The key file. Default: AUTH_KEYS_FILE.", dir_okay=False)
 ]
+RequestsPerMinute = Annotated[
+    int | None, typer.Option("--requests-per-minute", metavar="N", help="Requests in any 60 seconds.")
+]
+TokensPerMinute = Annotated[
+    int | None, typer.Option("--tokens-per-minute", metavar="N", help="Tokens in any 60 seconds.")
+]
+MaxParallel = Annotated[
+    int | None, typer.Option("--max-parallel", metavar="N", help="Requests queued or running at once.")
+]
+MaxSequences = Annotated[
+    int | None, typer.Option("--max-sequences", metavar="N", help="Prompts times n of one request.")
+]
+MaxEnqueuedTokens = Annotated[
+    int | None, typer.Option("--max-enqueued-tokens", metavar="N", help="Tokens of batch requests under way.")
+]
 
 
 @app.command()
@@ -37,9 +52,11 @@ def new(
     ] = None,
     model: Annotated[list[str] | None, typer.Option("--model", metavar="GLOB", help="Only these models.")] = None,
     max_class: Annotated[str | None, typer.Option("--max-class", metavar="CLASS", help="realtime or batch.")] = None,
-    requests_per_minute: Annotated[int | None, typer.Option("--requests-per-minute", metavar="N")] = None,
-    max_parallel: Annotated[int | None, typer.Option("--max-parallel", metavar="N", help="Requests at once.")] = None,
-    max_sequences: Annotated[int | None, typer.Option("--max-sequences", metavar="N")] = None,
+    requests_per_minute: RequestsPerMinute = None,
+    tokens_per_minute: TokensPerMinute = None,
+    max_parallel: MaxParallel = None,
+    max_sequences: MaxSequences = None,
+    max_enqueued_tokens: MaxEnqueuedTokens = None,
     expires_in: Annotated[str | None, typer.Option("--expires-in", metavar="TIME", help="As 12h, 30d or 8w.")] = None,
     file: Annotated[
         Path | None, typer.Option("--file", metavar="FILE", help="Add it to this key file.", dir_okay=False)
@@ -56,22 +73,20 @@ def new(
         return
     if not scope:
         raise UsageError("Say what the key may do: --scope, for example --scope realtime.")
-    given = {
-        "name": name,
-        "token_sha256": keyfile.digest(token).hex(),
-        "scopes": scope,
-        "models": model or None,
-        "max_class": max_class,
-        "requests_per_minute": requests_per_minute,
-        "max_parallel": max_parallel,
-        "max_sequences": max_sequences,
-        "expires_at": None if expires_in is None else _expiry(expires_in),
-    }
-    entry = {field: value for field, value in given.items() if value is not None}
-    try:
-        notes = keyfile.parse(json.dumps({"keys": [entry]}), allow_examples=True).notes
-    except KeyFileError as exc:
-        raise UsageError(str(exc).partition(": ")[2] or str(exc)) from None
+    entry = _entry(
+        name=name,
+        token_sha256=keyfile.digest(token).hex(),
+        scopes=scope,
+        models=model or None,
+        max_class=max_class,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        max_parallel=max_parallel,
+        max_sequences=max_sequences,
+        max_enqueued_tokens=max_enqueued_tokens,
+        expires_at=None if expires_in is None else _expiry(expires_in),
+    )
+    notes = _notes_on(entry)
     if file is not None:
         add_to(file, entry)
     if as_json:
@@ -80,6 +95,18 @@ def new(
     _show_new(name, token, entry, file)
     for remark in notes:
         output.note(f"note: {remark}")
+
+
+def _entry(**given: Any) -> dict[str, Any]:
+    return {field: value for field, value in given.items() if value is not None}
+
+
+def _notes_on(entry: dict[str, Any]) -> tuple[str, ...]:
+    """What the operator should know of a new entry. Raises ``UsageError`` for one that a daemon would not take."""
+    try:
+        return keyfile.parse(json.dumps({"keys": [entry]}), allow_examples=True).notes
+    except KeyFileError as exc:
+        raise UsageError(str(exc).partition(": ")[2] or str(exc)) from None
 
 
 def _show_new(name: str, token: str, entry: dict[str, Any], file: Path | None) -> None:
@@ -153,8 +180,10 @@ def list_keys(file: KeyFile = None, *, as_json: AsJson = False) -> None:
 def _row(entry: Entry) -> list[str]:
     limits = {
         "requests/min": entry.requests_per_minute,
+        "tokens/min": entry.tokens_per_minute,
         "parallel": entry.max_parallel,
         "sequences": entry.max_sequences,
+        "enqueued tokens": entry.max_enqueued_tokens,
         "class": entry.max_class,
     }
     told = ", ".join(f"{value} {name}" for name, value in limits.items() if value is not None)
@@ -178,7 +207,8 @@ def check(file: KeyFile = None, *, as_json: AsJson = False) -> None:
     if as_json:
         output.emit({"file": str(path), "valid": True, "keys": len(found.entries), "notes": notes})
         return
-    output.say(f"{path}: valid, {len(found.entries)} keys")
+    keys = len(found.entries)
+    output.say(f"{path}: valid, {keys} key{'' if keys == 1 else 's'}")
     for remark in notes:
         output.note(f"note: {remark}")
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Annotated, Any, cast
 
 import typer
 
 from vllm_bootstrap import wording
-from vllm_bootstrap.cli import groups, output, progress, text
+from vllm_bootstrap.cli import groups, loads, output, progress, text
 from vllm_bootstrap.cli.options import AsJson, Key, LaunchName, Url, UsageError, connect, resolve
 from vllm_bootstrap.client import Client, LaunchFailed, LaunchFields
 from vllm_bootstrap.ids import is_group_id
-from vllm_bootstrap.wire import LaunchGroup, LaunchRequest, LaunchStatus, Load, StopResult
+from vllm_bootstrap.wire import LaunchGroup, LaunchRequest, LaunchStatus, StopResult
 
 # Fields of a launch request with options of their own, or that no single value can say.
 NOT_BY_ARG = {"model", "gpu_ids", "extra_args", "env", "labels", "restart", "replicas"}
@@ -184,7 +183,7 @@ def ps(
         return
     header = ["ID", "MODEL", "STATE", "GPUS", "AGE", "RUNNING", "QUEUED", "BATCH"]
     rows = [row for group in groups.together(found.data) for row in _rows(group)]
-    output.table(header, rows, state_column=2)
+    output.table(header, rows, state_column=2, spare=("BATCH", "AGE", "GPUS"))
     if found.has_more:
         output.note(f"There are more: --limit {limit * 2}")
 
@@ -203,8 +202,7 @@ def _row(launch: LaunchStatus) -> list[str]:
         else (f"{launch.served_model_name} ({launch.model})")
     )
     age = text.age(launch.created_at)
-    batch = launch.load.batch
-    may = "-" if batch is None else f"{batch.batch_sequences} of {batch.allowance}"
+    may = loads.batch_share(launch.load)
     return [launch.launch_id, name, state_of(launch), gpus_of(launch), age, str(running), str(queued), may]
 
 
@@ -278,34 +276,13 @@ def _facts(found: LaunchStatus, base: str) -> list[tuple[str, str]]:
         ("attempt", str(found.attempt)),
         ("next try", f"{found.next_attempt_at:%Y-%m-%d %H:%M:%S}Z" if found.next_attempt_at else ""),
         ("pid", f"{found.pid} (shim {found.shim_pid})" if found.pid else ""),
-        ("requests", requests_of(load)),
-        ("batch", batch_of(load)),
+        ("requests", loads.requests_of(load)),
+        ("batch", loads.batch_of(load)),
         ("started", f"{found.created_at:%Y-%m-%d %H:%M:%S}Z, {text.age(found.created_at)} ago"),
         ("since", f"{found.state_changed_at:%Y-%m-%d %H:%M:%S}Z, {text.age(found.state_changed_at)} ago"),
         ("elapsed", text.duration(progressed.elapsed_s) if progressed else ""),
         ("to go", wording.time_left(progressed.eta_s) if progressed and progressed.eta_s is not None else ""),
     ]
-
-
-def requests_of(load: Load) -> str:
-    """Requests by class, and how long the oldest of them waits."""
-    slots = f" on {load.capacity} slots" if load.capacity else ""
-    oldest = "" if load.oldest_wait_s is None else f", the oldest for {text.duration(load.oldest_wait_s)}"
-    return f"{_by_class(load.in_flight)} running{slots}, {_by_class(load.queued)} queued{oldest}"
-
-
-def _by_class(counts: Mapping[str, int]) -> str:
-    parts = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    return f"{sum(counts.values())} ({parts})" if parts else "0"
-
-
-def batch_of(load: Load) -> str:
-    """What batch uses and may use, and why."""
-    batch = load.batch
-    if batch is None:
-        return ""
-    kept = f", {batch.reserve} kept for realtime" if batch.reserve else ""
-    return f"{batch.batch_sequences} of {batch.allowance} allowed ({batch.slots} slots{kept}): {batch.reason}"
 
 
 def _show_failure(found: LaunchStatus) -> None:

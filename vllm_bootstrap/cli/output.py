@@ -67,26 +67,42 @@ def emit(value: BaseModel | Any, *, in_one_line: bool = False) -> None:
     say(json.dumps(plain, indent=None if in_one_line else 2, ensure_ascii=False))
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, state_column: int | None = None) -> None:
-    """Rows under a header. ``state_column`` is coloured by its first word."""
+def table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    state_column: int | None = None,
+    spare: Sequence[str] = (),
+) -> None:
+    """Rows under a header. ``state_column`` is coloured by its first word. ``spare``: columns to its right that are
+    left out on a terminal, first the first, until the others fit side by side."""
     found = [[text.harmless(cell, colours=False) for cell in row] for row in rows]
     if not on_terminal():
         for line in text.columns(list(header), found):
             say(line)
         return
-    console().print(_drawn(header, found, state_column))
+    screen = console()
+    shown, cells = text.narrowed(header, found, spare, screen.width)
+    screen.print(_drawn(shown, cells, state_column))
+    missing = [name for name in header if name not in shown]
+    if missing:
+        note(f"Not shown, this terminal is too narrow: {', '.join(missing)}.")
 
 
 @contextlib.contextmanager
-def redrawn() -> Generator[Callable[[Sequence[str], Sequence[Sequence[str]], int | None], None]]:
-    """A function that draws a table in place of the one before; only for a terminal."""
+def redrawn(
+    header: Sequence[str], *, state_column: int | None = None, spare: Sequence[str] = ()
+) -> Generator[Callable[[Sequence[Sequence[str]]], None]]:
+    """A function that draws a table of rows in place of the one before; only for a terminal. Arguments as of
+    ``table``."""
     from rich.live import Live  # noqa: PLC0415 - see the invariant
 
     with Live(console=console(), auto_refresh=False) as live:
 
-        def draw(header: Sequence[str], rows: Sequence[Sequence[str]], state_column: int | None) -> None:
+        def draw(rows: Sequence[Sequence[str]]) -> None:
             found = [[text.harmless(cell, colours=False) for cell in row] for row in rows]
-            live.update(_drawn(header, found, state_column), refresh=True)
+            shown, cells = text.narrowed(header, found, spare, live.console.width)
+            live.update(_drawn(shown, cells, state_column), refresh=True)
 
         yield draw
 

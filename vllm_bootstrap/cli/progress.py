@@ -20,7 +20,7 @@ def phase_of(status: LaunchStatus) -> str:
     """What a launch is doing, in words."""
     if status.state == "bootstrapping":
         if status.next_attempt_at is not None:
-            return f"waiting for attempt {status.attempt + 1}"
+            return f"waiting for attempt {status.attempt}"
         return wording.phase(status.progress.phase if status.progress is not None else None)
     if status.state == "stopping":
         return f"stopping ({wording.reason(status.stopping_because)})"

@@ -6,11 +6,12 @@ What engines and models write may hold terminal control sequences: ``harmless`` 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from vllm_bootstrap.wording import duration, percent, short, size, tokens_per_second
 
-__all__ = ["age", "columns", "duration", "harmless", "percent", "short", "size", "tokens_per_second"]
+__all__ = ["age", "columns", "duration", "harmless", "narrowed", "percent", "short", "size", "tokens_per_second"]
 
 _COLOUR = r"\x1b\[[0-9;:]*m"
 _ESCAPES = re.compile(
@@ -30,6 +31,21 @@ def harmless(text: str, *, colours: bool = True) -> str:
 def age(since: datetime) -> str:
     """How long ago a moment was."""
     return duration((datetime.now(UTC) - since).total_seconds())
+
+
+def narrowed(
+    header: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequence[str], width: int
+) -> tuple[list[str], list[list[str]]]:
+    """A table without as many of the columns ``spare``, first the first, as it needs to fit into ``width``."""
+    shown, cells = list(header), [list(row) for row in rows]
+    for name in spare:
+        widths = [max(len(row[i]) for row in [shown, *cells]) for i in range(len(shown))]
+        if sum(widths) + 2 * len(widths) <= width:
+            break
+        at = shown.index(name)
+        for row in [shown, *cells]:
+            del row[at]
+    return shown, cells
 
 
 def columns(header: list[str], rows: list[list[str]]) -> list[str]:

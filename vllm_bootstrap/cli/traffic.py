@@ -11,11 +11,12 @@ from typing import Annotated, Any, cast
 import typer
 
 from vllm_bootstrap.cli import output, text
-from vllm_bootstrap.cli.options import AsJson, Key, Url, UsageError, connect
+from vllm_bootstrap.cli.options import AsJson, Failure, Key, Url, UsageError, connect
 from vllm_bootstrap.client import Client
+from vllm_bootstrap.errors import NotFound
 from vllm_bootstrap.sdk.calls import ActivityFilter, RequestFilter
 from vllm_bootstrap.wire import Listing
-from vllm_bootstrap.wire_requests import ActivityEntry, RequestEntry
+from vllm_bootstrap.wire_requests import ActivityEntry, CancelResult, RequestEntry
 
 FOLLOW_POLL_S = 1.0
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -23,9 +24,10 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 Model = Annotated[str | None, typer.Option("--model", metavar="NAME", help="Only for this model.")]
 Class = Annotated[str | None, typer.Option("--class", metavar="CLASS", help="Only realtime or only batch.")]
 Owner = Annotated[str | None, typer.Option("--owner", metavar="NAME", help="Only of the key of this name.")]
-Limit = Annotated[int, typer.Option("--limit", min=1, max=1000, help="At most so many.")]
+Limit = Annotated[int, typer.Option("--limit", metavar="N", min=1, max=1000, help="At most so many.")]
 Since = Annotated[
-    str | None, typer.Option("--since", metavar="TIME", help="A time (2026-01-31T12:00) or how long ago (90s, 2h).")
+    str | None,
+    typer.Option("--since", metavar="TIME", help="A local time (2026-01-31T12:00) or how long ago (90s, 2h)."),
 ]
 
 requests_app = typer.Typer(help="Show inference requests under way, or cancel one.", invoke_without_command=True)
@@ -35,7 +37,9 @@ requests_app = typer.Typer(help="Show inference requests under way, or cancel on
 def requests(
     context: typer.Context,
     *,
-    state: Annotated[str | None, typer.Option("--state", help="Only reading, queued or running.")] = None,
+    state: Annotated[
+        str | None, typer.Option("--state", metavar="STATE", help="Only reading, queued or running.")
+    ] = None,
     cls: Class = None,
     model: Model = None,
     owner: Owner = None,
@@ -59,11 +63,12 @@ def requests(
     elif not found.data and output.on_terminal():
         output.say("No request is under way.")
     else:
-        output.table(HEADER, [_row(entry) for entry in found.data], state_column=1)
+        output.table(HEADER, [_row(entry) for entry in found.data], state_column=1, spare=SPARE)
         _more(found, limit)
 
 
 HEADER = ["ID", "STATE", "CLASS", "OWNER", "MODEL", "AGE", "WAITED", "TOKENS", "LAUNCH"]
+SPARE = ("LAUNCH", "WAITED", "MODEL", "CLASS")
 
 
 def _row(entry: RequestEntry) -> list[str]:
@@ -92,10 +97,9 @@ def _follow(client: Client, wanted: RequestFilter, *, as_json: bool) -> None:
             while True:
                 known = _told_changes(known, client.requests(**wanted).data)
                 time.sleep(FOLLOW_POLL_S)
-        with output.redrawn() as draw:
+        with output.redrawn(HEADER, state_column=1, spare=SPARE) as draw:
             while True:
-                rows = [_row(entry) for entry in client.requests(**wanted).data]
-                draw(HEADER, rows, 1)
+                draw([_row(entry) for entry in client.requests(**wanted).data])
                 time.sleep(FOLLOW_POLL_S)
     except KeyboardInterrupt:
         return
@@ -121,13 +125,21 @@ def cancel(
     as_json: AsJson = False,
 ) -> None:
     """End requests under way: your own, or with the scope admin anybody's."""
+    done: list[CancelResult] = []
+    missing: list[str] = []
     with connect(url, key) as client:
-        done = [client.cancel_request(request_id) for request_id in request_ids]
+        for request_id in dict.fromkeys(request_ids):
+            try:
+                done.append(client.cancel_request(request_id))
+            except NotFound:
+                missing.append(request_id)
     if as_json:
         output.emit({"object": "list", "data": [result.model_dump(mode="json") for result in done]})
-        return
-    for result in done:
-        output.say(f"{result.id}  cancelled (was {result.state})")
+    else:
+        for result in done:
+            output.say(f"{result.id}  cancelled (was {result.state})")
+    if missing:
+        raise Failure(f"Not under way, or not yours to cancel: {', '.join(missing)}.")
 
 
 def activity(
@@ -154,7 +166,8 @@ def activity(
         output.emit(found)
         return
     header = ["TIME", "STATUS", "CLASS", "OWNER", "MODEL", "WAITED", "TTFT", "TOOK", "IN", "OUT", "TOKENS/S", "ID"]
-    output.table(header, [_finished(entry) for entry in found.data])
+    spare = ("ID", "TOKENS/S", "WAITED", "CLASS", "IN", "OWNER")
+    output.table(header, [_finished(entry) for entry in found.data], spare=spare)
     _more(found, limit)
 
 
@@ -190,7 +203,8 @@ def usage(*, since: Since = None, url: Url = None, key: Key = None, as_json: AsJ
         ]
         for entry in found.data
     ]  # fmt: skip
-    output.table(["OWNER", "CLASS", "MODEL", "REQUESTS", "FAILED", "TOKENS IN", "TOKENS OUT"], rows)
+    header = ["OWNER", "CLASS", "MODEL", "REQUESTS", "FAILED", "TOKENS IN", "TOKENS OUT"]
+    output.table(header, rows)
     if found.complete_since is not None:
         output.note(f"The history goes back to {found.complete_since:%Y-%m-%d %H:%M:%S}Z.")
 

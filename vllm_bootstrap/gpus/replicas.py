@@ -123,8 +123,12 @@ def _size(wish: PlacementWish, replicas: int, gpus: int, milli: int) -> int:
     if milli < WHOLE:
         return pipeline
     if gpus % replicas:
-        fits = "at most that many replicas fit" if replicas > gpus else "give gpu_count, the number for each replica"
-        raise BadRequest(f"{gpus} GPUs cannot be divided evenly among {replicas} replicas: {fits}.", param="replicas")
+        message = (
+            f"{gpus} GPUs cannot be divided evenly among {replicas} replicas: give gpu_count, the number for each."
+        )
+        if replicas > gpus:
+            message = f"{replicas} replicas take a GPU each, and there are {gpus}: ask for fewer, or give gpu_share."
+        raise BadRequest(message, param="replicas")
     return gpus // replicas
 
 

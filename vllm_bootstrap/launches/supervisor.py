@@ -286,7 +286,7 @@ class Supervisor:
         ``Conflict`` while one has not ended."""
         members = self._members(launch_id)
         if living := [owner.row.id for owner in self._living(members)]:
-            raise Conflict(f"Launch {', '.join(living)} has not ended: stop it first.", param="launch_id")
+            raise Conflict(f"Not ended yet: {', '.join(living)}. Stop what is to be forgotten.", param="launch_id")
         await self._store.delete(*members)
         for member in members:
             await self._drop(member)

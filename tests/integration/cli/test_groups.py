@@ -89,7 +89,9 @@ def test_status_of_a_group(box):
     box.launches.add(replica(1))
     box.launches.add(replica(2, **in_group(failed())))
     out = box.run("status", GROUP_ID).out
-    for said in ("ready, 1 of 2", f"{box.url}/proxy/{GROUP_ID}/v1", ONE, TWO, "failed (bad flag)", "Hint: remove it"):
+    for said in (
+        "ready, 1 of 2", f"{box.url}/proxy/{GROUP_ID}/v1", ONE, TWO, "failed (bad flag)", "Hint: remove it", "BATCH",
+    ):  # fmt: skip
         assert said in out
     assert len(box.run("status", GROUP_ID, "--json", "--events").json()["replicas"]) == 2
     assert ["group", GROUP_ID] in [line.split() for line in box.lines("status", ONE)]

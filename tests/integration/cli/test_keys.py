@@ -50,11 +50,13 @@ def test_the_files_mode_stays(run, tmp_path):
 def test_limits_and_expiry(run):
     made = run(
         "new", "ci", "--scope", "batch", "--model", "org/*", "--max-class", "batch", "--requests-per-minute", "60",
-        "--max-parallel", "4", "--max-sequences", "8", "--expires-in", "30d", "--json",
+        "--tokens-per-minute", "9000", "--max-parallel", "4", "--max-sequences", "8", "--max-enqueued-tokens", "5000",
+        "--expires-in", "30d", "--json",
     ).json()  # fmt: skip
     entry = keyfile.parse(json.dumps({"keys": [made["entry"]]}), allow_examples=False).entries[0]
     assert (entry.models, entry.max_class, entry.requests_per_minute) == (["org/*"], "batch", 60)
     assert (entry.max_parallel, entry.max_sequences) == (4, 8)
+    assert (entry.tokens_per_minute, entry.max_enqueued_tokens) == (9000, 5000)
     assert entry.expires_at is not None
 
 
@@ -108,7 +110,7 @@ def test_list_never_shows_tokens(run):
     result = run("list", str(EXAMPLE))
     assert "example-realtime" in result.out
     assert "-token" not in result.out
-    assert "600 requests/min, 32 parallel, 8 sequences" in result.out
+    assert "600 requests/min, 500000 tokens/min, 32 parallel, 8 sequences" in result.out
     assert [line.split()[-1] for line in result.out.splitlines()[1:]].count("disabled") == 1
     as_json = run("list", str(EXAMPLE), "--json")
     assert "-token" not in as_json.out
@@ -124,6 +126,22 @@ def test_list_tells_where_keys_come_from(run, tmp_path):
     assert str(tmp_path / "access_key") in told.err
     assert "vb-x" not in told.err + told.out
     assert run("list", "--json").json()["generated"] == str(tmp_path / "access_key")
+
+
+LIMITS = {
+    "requests_per_minute": 60, "tokens_per_minute": 9000, "max_parallel": 4, "max_sequences": 8,
+    "max_enqueued_tokens": 5000, "max_class": "batch",
+}  # fmt: skip
+
+
+def test_list_tells_every_limit_that_a_key_can_have(run, tmp_path):
+    path = tmp_path / "keys.json"
+    path.write_text(json.dumps({"keys": [{"name": "a", "token": "t" * 20, "scopes": ["batch"], **LIMITS}]}))
+    line = run("list", str(path)).out.splitlines()[1]
+    assert "60 requests/min, 9000 tokens/min, 4 parallel, 8 sequences, 5000 enqueued tokens, batch class" in line
+    assert run("check", str(path)).out == f"{path}: valid, 1 key\n"
+    known = {"name", "token", "token_sha256", "scopes", "models", "expires_at", "disabled"}
+    assert keyfile.Entry.model_fields.keys() - known == LIMITS.keys()
 
 
 def test_expired_keys_are_marked(run, tmp_path):

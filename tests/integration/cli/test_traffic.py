@@ -9,6 +9,8 @@ from tests.integration.cli.test_commands import Box
 from tests.support.control_plane import NOW, key, make, under_way, view
 from tests.support.traffic import REPORT, close, history, record
 from tests.support.waiting import wait_for
+from vllm_bootstrap.cli import text
+from vllm_bootstrap.cli.traffic import HEADER
 
 
 @pytest.fixture
@@ -60,7 +62,26 @@ def test_cancelling(box):
     ]  # fmt: skip
     gone = box.run("requests", "cancel", "req_1")
     assert (gone.code, gone.out) == (1, "")
-    assert "No such request is under way" in gone.err
+    assert "Not under way, or not yours to cancel: req_1" in gone.err
+
+
+def test_one_that_is_over_does_not_keep_the_others_alive(box):
+    result = box.run("requests", "cancel", "req_1", "req_9", "req_2")
+    assert (result.code, result.out) == (1, "req_1  cancelled (was running)\nreq_2  cancelled (was queued)\n")
+    assert result.err.endswith("cancel: req_9.\n")
+
+
+@pytest.mark.parametrize(
+    ("width", "missing"),
+    [(140, []), (80, ["LAUNCH"]), (62, ["LAUNCH", "WAITED"]), (40, ["LAUNCH", "WAITED", "MODEL", "CLASS"])],
+)
+def test_columns_are_left_out_on_a_narrow_terminal(box, width, missing):
+    result = box.run("requests", terminal=True, env={"COLUMNS": str(width)})
+    header, *rows = text.harmless(result.out, colours=False).splitlines()
+    assert header.split() == [name for name in HEADER if name not in missing]
+    assert [row.split()[0] for row in rows] == ["req_1", "req_2"]
+    told = f"Not shown, this terminal is too narrow: {', '.join(name for name in HEADER if name in missing)}.\n"
+    assert result.err == (told if missing else "")
 
 
 def test_cancelling_as_json(box):

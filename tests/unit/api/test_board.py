@@ -29,6 +29,15 @@ def test_only_the_last_ended_launches_are_worth_showing():
     assert [v.launch_id for v in shown] == [launch_id(n) for n in (*range(30, 30 - board.ENDED_SHOWN, -1), 5, 1)]
 
 
+def test_a_replica_says_that_it_is_one_of_several():
+    one = card("ready", group_id="g01hxyzabcdefghjkmnp0", group_size=3)
+    assert one.device == "GPU 0 · one of 3 replicas"
+    assert ("group", "g01hxyzabcdefghjkmnp0") in one.facts
+    alone = card("ready")
+    assert alone.device == "GPU 0"
+    assert "group" not in dict(alone.facts)
+
+
 def test_a_box_without_gpus_says_so():
     made = board.make([], gpus(gpu(kind="cpu", name="x86", uuid="cpu"), kind="cpu"), NOW, frozenset())
     assert made.headline == "0 ready · no GPU here, models run on the CPU"
@@ -71,7 +80,7 @@ def test_one_line_sums_a_launch_up(launch, said):
     ("fields", "percent", "label"),
     [
         ({}, None, "starting"),
-        ({"attempt": 2, "next_attempt_at": NOW}, None, "waiting for attempt 3"),
+        ({"attempt": 2, "next_attempt_at": NOW}, None, "waiting for attempt 2"),
         ({"progress": {"phase": "weights", "fraction": 0.5, "elapsed_s": 12}}, 50, "loading weights 50 % · 12 s"),
         (
             {"progress": {"phase": "compile", "elapsed_s": 30, "eta_s": 10}},

@@ -105,6 +105,14 @@ def test_cancelling_is_offered_to_those_who_may(caller, own, foreign):
             {"status": 502, "code": "upstream_error", "ttft_ms": None, "completion_tokens": None},
             "bad", "502", "upstream error · 2.5 s · waited 400 ms · 10 + 0 tokens", "",
         ),
+        (
+            {"code": "upstream_error"},
+            "bad", "200", "upstream error · 2.5 s · first token 500 ms · 10 + 100 tokens", "50 tokens/s",
+        ),
+        (
+            {"code": "cancelled", "prompt_tokens": None},
+            "refused", "200", "cancelled · 2.5 s · first token 500 ms · 100 tokens", "50 tokens/s",
+        ),
     ],
 )  # fmt: skip
 def test_finished_requests(fields, tone, status, figures, speed):

@@ -17,7 +17,7 @@ def at(phase=None, **fields):
         (at("weights"), "loading weights"),
         (at(), "starting"),
         (status("bootstrapping"), "starting"),
-        (status("bootstrapping", attempt=2, next_attempt_at=NOW), "waiting for attempt 3"),
+        (status("bootstrapping", attempt=2, next_attempt_at=NOW), "waiting for attempt 2"),
         (status("stopping", stopping_because="died"), "stopping (died)"),
         (status("ready"), "ready"),
     ],

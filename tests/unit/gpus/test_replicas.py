@@ -112,7 +112,7 @@ def test_slots_are_the_gpus_of_a_cpu() -> None:
     ("replicas", "wish", "param", "said"),
     [
         (3, {}, "replicas", "4 GPUs cannot be divided evenly among 3 replicas: give gpu_count"),
-        (5, {}, "replicas", "at most that many replicas fit"),
+        (5, {}, "replicas", "5 replicas take a GPU each, and there are 4: ask for fewer"),
         (5, {"gpu_count": 1}, "replicas", "on 4 GPUs there is room for 4"),
         (3, {"gpu_count": 2}, "replicas", "there is room for 2"),
         (2, {"gpu_count": 5}, "replicas", "there is room for 0"),

@@ -10,6 +10,7 @@ def sample(at: float, *, healthy=True, metrics=True, running=None, tokens=None) 
 def test_idle_and_healthy_is_moving():
     state = Liveness(0.0).observe(sample(50, running=0, tokens=7))
     assert state.verdict(55, **LIMITS) is Verdict.ALIVE
+    assert state.observe(sample(500, running=0, tokens=7)).verdict(505, **LIMITS) is Verdict.ALIVE
 
 
 def test_busy_with_growing_counters_is_moving():

@@ -182,12 +182,11 @@ class Batching:
             self._send(produced, now)
 
     def _plan(self, now: float) -> dict[Sequence, int]:
-        """Who computes how many tokens in the step that begins now."""
+        """Who computes how many tokens in the step that begins now. There is budget for all that run: each was admitted
+        with some left over from those before it, which take one token each from then on."""
         chunks: dict[Sequence, int] = {}
         left, preempted = self._budget, False
         for sequence in [*self._running]:
-            if left <= 0:
-                break
             if sequence.state == WAITING:  # preempted for one before it
                 continue
             tokens = min(sequence.length - sequence.computed, left)
@@ -270,7 +269,7 @@ class Batching:
             sequence.state = DECODE
             if not sequence.first_at:
                 sequence.first_at = now
-            elif sequence.total:
+            else:
                 gap = now - sequence.last_at
                 gaps[gap] = gaps.get(gap, 0) + 1
             sequence.last_at = now

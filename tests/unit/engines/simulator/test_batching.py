@@ -304,3 +304,22 @@ def test_a_late_timer_moves_nothing_after_it_but_a_slow_machine_loses_the_time()
     engine.time.jump(5.0)
     engine.run(0.1)
     assert sequence.produced < 20
+
+
+def test_no_more_run_than_the_budget_has_tokens_for():
+    engine = Engine(slots=5, budget=2)
+    first, second, third, fourth = (engine.submit(prompt=0, total=2) for _ in range(4))
+    engine.run(0.5)
+    assert (engine.batch.running, engine.batch.waiting) == (2, 2)
+    engine.run()
+    assert engine.times(first) == engine.times(second) == [1, 2]
+    assert engine.times(third) == engine.times(fourth) == [3, 4]
+
+
+def test_nobody_hears_of_a_token_that_was_on_its_way_out_when_the_engine_died():
+    engine = Engine(api_token_s=0.5)
+    sequence = engine.submit(total=1)
+    engine.run(1.2)
+    engine.batch.fail("died")
+    engine.run()
+    assert [told for _, told, of in engine.notes if of is sequence] == ["died"]

@@ -170,3 +170,41 @@ def test_the_cache_fills_with_what_runs():
     assert rig.model.cache_usage == pytest.approx(6 / 20)
     rig.submit(prompt=500)
     assert rig.model.cache_usage == 1
+
+
+def test_it_is_busy_until_nobody_is_to_be_answered_any_more():
+    rig = Rig(slots=1)
+    assert not rig.model.busy
+    running, waiting = rig.submit(), rig.submit()
+    assert rig.model.busy
+    rig.model.abort(running)
+    assert rig.model.busy
+    rig.model.abort(waiting)
+    assert not rig.model.busy
+
+
+def test_what_is_aborted_while_it_stands_still_does_not_begin_when_it_goes_on():
+    rig = Rig()
+    stays, gone = rig.submit(total=1), rig.submit(total=1)
+    rig.model.freeze("a")
+    rig.time.advance(1)
+    rig.model.abort(gone)
+    rig.model.thaw("a")
+    rig.time.advance(1)
+    assert rig.notes.tokens == rig.notes.ended == [stays]
+
+
+def test_one_that_is_aborted_because_of_a_token_of_another_makes_none_in_the_same_step():
+    rig = Rig(tps=10)
+    first, second = rig.submit(total=5), rig.submit(total=5)
+    rig.time.advance(0)
+    assert (first.produced, second.produced) == (1, 1)
+    note = rig.notes.on_token
+
+    def on_token(sequence):
+        note(sequence)
+        rig.model.abort(second)
+
+    rig.notes.on_token = on_token
+    rig.time.advance(0.1)
+    assert (first.produced, second.produced) == (2, 1)
