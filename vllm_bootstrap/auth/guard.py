@@ -115,10 +115,10 @@ class Guard:
 
     def readmit(self, earlier: Pass) -> Principal | None:
         """Let the same head in under the same rule once more. None: ask ``admit`` again, something has changed."""
-        keys = self._keys
-        if keys.version() != earlier.version or keys.has_expired(earlier.principal):
+        keys, principal = self._keys, earlier.principal
+        if keys.version() != earlier.version or (principal.expires_at is not None and keys.has_expired(principal)):
             return None
-        return earlier.principal
+        return principal
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Call ``listener`` after keys were changed."""

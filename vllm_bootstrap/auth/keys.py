@@ -112,7 +112,8 @@ class KeyRing:
     def version(self) -> int:
         """A number that changes whenever any key may have changed. What was looked up under the same number still
         holds, but for keys that have expired since (``has_expired``)."""
-        self._refresh()
+        if self._path is not None and self._monotonic() >= self._next_check:
+            self._refresh()
         return self._version
 
     def has_expired(self, principal: Principal) -> bool:

@@ -9,6 +9,7 @@ Refused fields run code, read other people's data, or bind scheduling to a clien
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -286,17 +287,23 @@ def refuse_fields(fields: Mapping[str, Any]) -> None:
 def sequences(path: str, fields: Mapping[str, Any]) -> int:
     """How many sequences the engine will run for this request: prompts times ``n`` (or ``best_of``), at least 1."""
     prompts = 1
-    if not path.endswith("/chat/completions"):
-        for key in _PROMPTS.get(path.rpartition("/")[2], ()):
-            prompts = max(prompts, _count(fields.get(key)))
+    for key in _prompt_fields(path):
+        value = fields.get(key)
+        if isinstance(value, list):
+            prompts = max(prompts, _count(value))
     if "n" in fields or "best_of" in fields:
         return prompts * max(_positive(fields.get("n")), _positive(fields.get("best_of")))
     return prompts
 
 
-def _count(value: object) -> int:
+@functools.lru_cache(256)
+def _prompt_fields(path: str) -> tuple[str, ...]:
+    return () if path.endswith("/chat/completions") else _PROMPTS.get(path.rpartition("/")[2], ())
+
+
+def _count(value: list[object]) -> int:
     """Prompts in a prompt field: a list of strings or token lists counts its items, one prompt counts one."""
-    if not isinstance(value, list) or not value:
+    if not value:
         return 1
     is_one_prompt = isinstance(value[0], int) and not isinstance(value[0], bool)
     return 1 if is_one_prompt else len(value)

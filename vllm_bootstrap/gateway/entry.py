@@ -29,12 +29,16 @@ REPLAYED_BYTES = 256 * 1024
 
 @dataclass(slots=True)
 class Entry:
-    """An admitted request. ``path`` is what the engine will be asked for. ``launch`` None: the body's model decides."""
+    """An admitted request. ``path`` is what the engine will be asked for. ``launch`` None: the body's model decides.
+    ``cls``: its class, unless its body asks for less. ``keeps_responses``: engines may keep what such requests are
+    answered, and later ones may name it."""
 
     principal: Principal
     route: EngineRoute
     path: str
     launch: ByLaunch | None
+    cls: RequestClass = "realtime"
+    keeps_responses: bool = False
 
 
 class Outgoing(NamedTuple):
@@ -60,7 +64,11 @@ def admit(gateway: Gateway, head: Head, target: ToModel | ToLaunch) -> Entry:
     else:
         entry = _admit_by_launch(gateway, head, target)
     _check_shape(head, entry.route)
-    if entry.launch is None and entry.route.inference:  # else it depends on more than head and key
+    entry.keeps_responses = entry.path.endswith(sticky.MAKES)
+    if entry.route.inference:
+        entry.cls = targets.request_class(entry.principal, head.first(b"x-priority"))
+    # An entry by launch depends on more than head and key; the head of a form names a boundary that never comes again.
+    if entry.launch is None and entry.route.inference and not entry.route.multipart:
         permit = gateway.guard.remember(_head_for_guard(head), entry.principal)
         if permit is not None:
             gateway.heads.remember(head, target, entry, permit)
@@ -144,7 +152,7 @@ def target_of(gateway: Gateway, entry: Entry, model: str | None, head: Head, int
     principal = entry.principal
     if entry.launch is None and model is None:
         raise BadRequest("The request must name a model", param="model")
-    before = sticky.named_before(entry.path, intake.fields)
+    before = sticky.named_before(entry.path, intake.fields) if entry.keeps_responses else None
     if before is None and entry.launch is None and model is not None:
         return ByModel(model, (head.method, entry.path))
     if model is not None and not principal.may_use(model):
@@ -157,26 +165,15 @@ def target_of(gateway: Gateway, entry: Entry, model: str | None, head: Head, int
     return _maker(gateway, before, principal, entry.launch)
 
 
-def model_of(entry: Entry, head: Head, intake: Intake) -> str | None:
-    """The model a request names. Raises ``BadRequest`` when it is no string."""
-    return targets.model_in_query(head) if entry.route.websocket else intake.model
-
-
-def ticket_of(entry: Entry, head: Head, intake: Intake, body_bytes: int) -> Ticket:
+def ticket_of(entry: Entry, intake: Intake, body_bytes: int) -> Ticket:
     """What the scheduler must know of the request. Raises ``BadRequest``."""
-    principal = entry.principal
-    cls = targets.request_class(principal, head.first(b"x-priority"), intake.fields.get("service_tier"))
+    principal, fields = entry.principal, intake.fields
+    cls: RequestClass = "batch" if fields.get("service_tier") == "flex" else entry.cls
     sequences = intake.sequences(entry.path, principal.max_sequences)
-    return Ticket(
-        principal.name,
-        cls,
-        sequences,
-        estimates.prompt_tokens(body_bytes, intake.text),
-        principal,
-        output_tokens=estimates.output_tokens(entry.path, intake.fields, sequences),
-        body_bytes=body_bytes,
-        replayable=cls == "batch" and intake.in_memory > 0 and body_bytes <= REPLAYED_BYTES,
-    )
+    prompt = estimates.prompt_tokens(body_bytes, intake.text)
+    output = estimates.output_tokens(entry.path, fields, sequences)
+    replayable = cls == "batch" and intake.in_memory > 0 and body_bytes <= REPLAYED_BYTES
+    return Ticket(principal.name, cls, sequences, prompt, principal, output, 0, body_bytes, replayable)
 
 
 def render(

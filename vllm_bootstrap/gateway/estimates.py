@@ -29,11 +29,10 @@ def prompt_tokens(size: int, text: str | None) -> int:
     """``text`` None: a multipart upload, or no body."""
     if text is None:
         return MEDIA_TOKENS if size else 0
-    media = 0
-    if ";base64," in text:
-        found = [match.end() - match.start() for match in _INLINE.finditer(text)]
-        size, media = size - sum(found), len(found)
-    return min(MOST_TOKENS, max(0, size) // BYTES_PER_TOKEN + media * MEDIA_TOKENS)
+    if ";base64," not in text:
+        return min(MOST_TOKENS, size // BYTES_PER_TOKEN)
+    found = [match.end() - match.start() for match in _INLINE.finditer(text)]
+    return min(MOST_TOKENS, max(0, size - sum(found)) // BYTES_PER_TOKEN + len(found) * MEDIA_TOKENS)
 
 
 def output_tokens(path: str, fields: Mapping[str, Any], sequences: int) -> int:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from enum import IntEnum
 from typing import Literal
 
 from vllm_bootstrap.errors import (
@@ -29,41 +28,27 @@ from vllm_bootstrap.errors import (
     UpstreamTimeout,
 )
 from vllm_bootstrap.gateway import headers, sticky, targets, websocket
-from vllm_bootstrap.gateway.entry import Entry, admit, known_key, model_of, render, target_of, ticket_of
+from vllm_bootstrap.gateway.entry import Entry, admit, known_key, render, target_of, ticket_of
 from vllm_bootstrap.gateway.errand import Errand
 from vllm_bootstrap.gateway.gateway import Gateway
 from vllm_bootstrap.gateway.head import Head, Headers
-from vllm_bootstrap.gateway.inflight import RequestInfo, State
+from vllm_bootstrap.gateway.inflight import RequestInfo
 from vllm_bootstrap.gateway.intake import make_intake
 from vllm_bootstrap.gateway.journey import Journey
 from vllm_bootstrap.gateway.mishaps import Mishaps
 from vllm_bootstrap.gateway.place import Place
 from vllm_bootstrap.gateway.reading import Reading
 from vllm_bootstrap.gateway.relay import Client, Relay
+from vllm_bootstrap.gateway.stages import CONNECTING, OVER, QUEUED, READING, RELAYING, STATES, TUNNEL, WAITING
 from vllm_bootstrap.gateway.upstream import STALE_WITHIN_S, UpstreamConnection
 from vllm_bootstrap.serving import Instance
 
 CLIENT_GONE = 499
 
 
-class Stage(IntEnum):
-    READING = 0
-    QUEUED = 1
-    CONNECTING = 2
-    WAITING = 3
-    RELAYING = 4
-    TUNNEL = 5
-    OVER = 6
-
-
-# As plain names: looking a member up on its class costs more than a chunk's bookkeeping.
-READING, QUEUED, CONNECTING, WAITING, RELAYING, TUNNEL, OVER = Stage
-_STATES: tuple[State, ...] = ("reading", "queued", "running", "running", "running", "running", "running")
-
-
 class Exchange(Mishaps):
-    """Made for one request by the client's connection, which calls ``start``, ``on_body``…, ``on_body_end`` and then
-    whatever happens to it. All methods are safe to call once it is over."""
+    """Made for one request by the client's connection, which calls ``start``, ``on_body``…, ``on_body_end``, or all of
+    these at once with ``start_whole``, and then whatever happens to it. All are safe to call once it is over."""
 
     _stage = READING
     _active = _began = _retried = False
@@ -79,7 +64,8 @@ class Exchange(Mishaps):
     ) -> None:
         self._gateway, self._client, self._head, self._target = gateway, client, head, target
         self._loop = asyncio.get_running_loop()
-        self.request_id = headers.valid_request_id(head.first(b"x-request-id")) or gateway.new_request_id()
+        wished = head.first(b"x-request-id")
+        self.request_id = (wished and headers.valid_request_id(wished)) or gateway.new_request_id()
         self._journey = Journey(self.request_id, head)
         self._place = Place(gateway.gate, self)
         self._errand = Errand(gateway, self, head)
@@ -90,18 +76,31 @@ class Exchange(Mishaps):
     def start(self) -> None:
         """The head is here."""
         try:
-            if self._gateway.draining:
-                raise Draining("The daemon is stopping", retry_after=5)
-            self._entry = entry = admit(self._gateway, self._head, self._target)
-            self._journey.owner = entry.principal.name
-            self._journey.id = self._gateway.inflight.add(self.request_id, self)
-            intake = make_intake(self._head, entry.route, self._gateway.limits, self._gateway.spool_dir)
+            self._admit()
         except ApiError as error:
             self.fail(error)
             return
-        self._reading = Reading(self._gateway, self._client, intake, self._read)
         if self._head.expects_continue and self._head.has_body:
             self._client.transport.write(headers.CONTINUE)
+
+    def start_whole(self, body: bytes) -> None:
+        """The head is here, and with it all of its body."""
+        try:
+            self._admit().take(body)
+            self._dispatch()
+        except ApiError as error:
+            self.fail(error)
+
+    def _admit(self) -> Reading:
+        gateway = self._gateway
+        if gateway.draining:
+            raise Draining("The daemon is stopping", retry_after=5)
+        self._entry = entry = admit(gateway, self._head, self._target)
+        self._journey.owner = entry.principal.name
+        self._journey.id = gateway.inflight.add(self.request_id, self)
+        intake = make_intake(self._head, entry.route, gateway.limits, gateway.spool_dir)
+        self._reading = reading = Reading(gateway, self._client, intake, self._read)
+        return reading
 
     def on_body(self, piece: bytes) -> None:
         if self._reading is not None:
@@ -130,14 +129,14 @@ class Exchange(Mishaps):
         intake = reading.intake
         intake.finish()
         journey.bytes_in = reading.bytes_in
-        journey.model = model = model_of(entry, self._head, intake)
+        journey.model = model = targets.model_in_query(self._head) if entry.route.websocket else intake.model
         target = target_of(self._gateway, entry, model, self._head, intake)
         if not entry.route.inference:
             self._go(self._gateway.gate.instance(target, entry.principal))
             return
         journey.stream = intake.fields.get("stream") is True
-        journey.ticket = ticket = ticket_of(entry, self._head, intake, reading.bytes_in)
-        self._keeps_response = sticky.is_kept(entry.path, intake.fields)
+        journey.ticket = ticket = ticket_of(entry, intake, reading.bytes_in)
+        self._keeps_response = entry.keeps_responses and sticky.is_kept(entry.path, intake.fields)
         self._wait()
         self._place.ask(target, ticket)
 
@@ -343,7 +342,7 @@ class Exchange(Mishaps):
 
     def info(self) -> RequestInfo:
         """What is known of it now."""
-        return self._journey.info(_STATES[self._stage])
+        return self._journey.info(STATES[self._stage])
 
     def cancel(self) -> None:
         """Ended from outside."""

@@ -30,15 +30,16 @@ _NOT_KEPT = _SECRET | {b"content-length"}  # a head says its length by itself
 
 
 class Memory:
-    """One head: as read, without credentials, and what was decided about it (an ``Entry``). ``rendered``: what engines
-    are sent for it, by whoever renders it."""
+    """One head: as read, without credentials, and what was decided about it (an ``Entry``). ``framed``: llhttp has read
+    a whole request with it. ``rendered``: what engines are sent for it, by whoever renders it."""
 
-    __slots__ = ("entry", "head", "permit", "rendered", "target")
+    __slots__ = ("entry", "framed", "head", "permit", "rendered", "target")
 
     def __init__(self, head: Head, target: ToModel | ToLaunch, entry: Any, permit: Pass) -> None:
         kept = [header for header in head.headers if header[0] not in _NOT_KEPT]
         self.head = replace(head, headers=kept, raw=b"", _fields=dict(kept[::-1]), memory=None)
         self.target, self.entry, self.permit = target, entry, permit
+        self.framed = False
         self.rendered: dict[tuple[str, str], tuple[object, bytes, bytes, bytes]] = {}
 
 

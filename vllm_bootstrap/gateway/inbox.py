@@ -71,6 +71,15 @@ class Inbox:
         ahead, self.ahead = self.ahead, b""
         return ahead
 
+    def take_body(self) -> bytes:
+        """All of the current body, when it is here already and its length is known."""
+        length, ahead = self._unread or 0, self.ahead
+        self._unread, self.ahead = 0, b""
+        if len(ahead) == length:
+            return ahead
+        self.add_early(ahead[length:])
+        return ahead[:length]
+
     def body_part(self, data: bytes) -> bytes:
         """What of ``data`` belongs to the current body; the rest is kept for later."""
         self._waits_for_continue = False

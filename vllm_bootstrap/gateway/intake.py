@@ -60,7 +60,7 @@ def make_intake(head: Head, route: EngineRoute, limits: GatewayLimits, spool_dir
     most = limits.max_upload_bytes if route.multipart else limits.max_body_bytes
     if head.content_length is not None and head.content_length > most:
         raise PayloadTooLarge(f"The body is larger than {most} bytes")
-    if not head.has_body and not (route.inference and head.method == "POST"):
+    if not (head.content_length or head.chunked or (route.inference and head.method == "POST")):
         return NoBody()
     encoding = head.first(b"content-encoding")
     if encoding is not None and encoding.lower() != b"identity":
@@ -100,13 +100,16 @@ class JsonIntake:
     """A JSON object, kept in memory."""
 
     upload: Upload | None = None
+    adds_usage = False
+    in_memory = 0
+    fields: Mapping[str, Any] = NoBody.fields
+    text: str | None = None
+    model: str | None = None
+    _body: bodies.JsonBody | None = None
 
     def __init__(self, max_bytes: int) -> None:
-        self.in_memory = 0
-        self.adds_usage = False
         self._max_bytes = max_bytes
         self._pieces: list[bytes] = []
-        self._body: bodies.JsonBody | None = None
 
     def feed(self, piece: bytes) -> None:
         self.in_memory += len(piece)
@@ -116,20 +119,10 @@ class JsonIntake:
 
     def finish(self) -> None:
         pieces, self._pieces = self._pieces, []
-        self._body = bodies.parse(pieces[0] if len(pieces) == 1 else b"".join(pieces))
-        bodies.refuse_fields(self._body.fields)
-
-    @property
-    def fields(self) -> Mapping[str, Any]:
-        return self._body.fields if self._body is not None else {}
-
-    @property
-    def text(self) -> str | None:
-        return self._body.text if self._body is not None else None
-
-    @property
-    def model(self) -> str | None:
-        return self._body.model if self._body is not None else None
+        self._body = body = bodies.parse(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        self.fields, self.text = body.fields, body.text
+        bodies.refuse_fields(body.fields)
+        self.model = body.model
 
     def sequences(self, path: str, most: int | None) -> int:
         return bodies.check_sequences(path, self.fields, most)
@@ -140,16 +133,21 @@ class JsonIntake:
             return None
         if instance.refuses_http_media and body.names_urls:
             bodies.refuse_remote_media(body.fields)
-        values: dict[str, object] = {bodies.OVERWRITTEN: headers.priority(cls) if instance.priority_field else None}
-        wish = bodies.asking_for_usage(body) if path in bodies.USAGE_ON_REQUEST else None
+        priority = headers.priority(cls) if instance.priority_field else None
+        streamed = self.fields.get("stream") is True and path in bodies.USAGE_ON_REQUEST
+        wish = bodies.asking_for_usage(body) if streamed else None
+        self.adds_usage = wish is not None
+        if priority is None and wish is None and bodies.OVERWRITTEN not in self.fields:
+            return body.raw
+        values: dict[str, object] = {bodies.OVERWRITTEN: priority}
         if wish is not None:
             values["stream_options"] = wish
-        self.adds_usage = wish is not None
         return bodies.with_members(body, values)
 
     def close(self) -> None:
         self._pieces = []
-        self._body = None
+        self._body = self.text = None
+        self.fields = NoBody.fields
 
 
 class FormIntake:

@@ -24,8 +24,8 @@ _log = logging.getLogger(__name__)
 # What the loop, parsers, timers and other requests call. ``on_received`` is not among them: it runs for each chunk, and
 # who calls it looks after it (``UpstreamConnection``).
 _STEPS = (
-    "start", "on_body", "on_body_end", "on_place", "on_no_place", "on_revoked", "on_unreachable", "on_broken",
-    "on_upstream_writable", "tick", "cancel", "rights_changed",
+    "start", "start_whole", "on_body", "on_body_end", "on_place", "on_no_place", "on_revoked", "on_unreachable",
+    "on_broken", "on_upstream_writable", "tick", "cancel", "rights_changed",
 )  # fmt: skip
 
 

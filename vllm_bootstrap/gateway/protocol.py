@@ -25,14 +25,18 @@ class GatewayProtocol(StrictProtocol):
     # Claimed requests
 
     def claim(self, head: Head) -> bool:
-        memory = head.memory
-        self._target = memory.target if memory is not None else targets.find(head.method, head.path)
+        self._target = targets.find(head.method, head.path)
         return self._target is not None
 
     def claimed_begins(self, head: Head) -> None:
-        assert self._target is not None  # noqa: S101 - that is why it was claimed
-        self._exchange = Exchange(self.gateway, self, head, self._target)
+        target = self._target if head.memory is None else head.memory.target
+        assert target is not None  # noqa: S101 - that is why it was claimed
+        self._exchange = Exchange(self.gateway, self, head, target)
         self._exchange.start()
+
+    def claimed_whole(self, head: Head, body: bytes) -> None:
+        self._exchange = exchange = Exchange(self.gateway, self, head, head.memory.target)
+        exchange.start_whole(body)
 
     def claimed_body(self, piece: bytes) -> None:
         if self._exchange is not None:
@@ -54,7 +58,7 @@ class GatewayProtocol(StrictProtocol):
 
     def answer_done(self) -> None:
         self._exchange = None
-        super().answer_done()
+        StrictProtocol.answer_done(self)
 
     def become_tunnel(self, tunnel: ByteSink) -> bytes:
         self._tunnel = tunnel
@@ -62,11 +66,11 @@ class GatewayProtocol(StrictProtocol):
 
     # What an exchange is told
 
-    def data_received(self, data: bytes) -> None:
+    def early(self, data: bytes) -> None:
         if self._tunnel is not None:
             self._tunnel.from_client(data)
         else:
-            super().data_received(data)
+            super().early(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)

@@ -18,16 +18,15 @@ from vllm_bootstrap.gateway.relay import Client
 class Reading:
     """``done`` is called once: with None when the body is whole, or with what is wrong with it."""
 
-    __slots__ = ("_client", "_digesting", "_done", "_ended", "_gateway", "_reserved", "bytes_in", "intake")
+    _reserved = bytes_in = 0
+    _ended = _dropped = False
+    _digesting: transfer.Transfer | None = None
 
     def __init__(
         self, gateway: Gateway, client: Client, intake: Intake, done: Callable[[ApiError | None], None]
     ) -> None:
         self._gateway, self._client, self.intake = gateway, client, intake
         self._done: Callable[[ApiError | None], None] | None = done
-        self._reserved = self.bytes_in = 0
-        self._ended = False
-        self._digesting: transfer.Transfer | None = None
 
     def feed(self, piece: bytes) -> None:
         if self._done is None:
@@ -43,6 +42,16 @@ class Reading:
         if intake.upload is not None and intake.upload.has_backlog and self._digesting is None:
             self._client.pause_reading()
             self._digesting = transfer.digest(intake.upload, self._digested)
+
+    def take(self, body: bytes) -> None:
+        """All of it at once, without ``done``; not for uploads. Raises what is wrong with it."""
+        self._done = None
+        self.bytes_in = self._reserved = len(body)
+        gateway = self._gateway
+        gateway.body_bytes += len(body)
+        if gateway.body_bytes > gateway.limits.body_budget_bytes:
+            raise _too_much()
+        self.intake.feed(body)
 
     def end(self) -> None:
         """The body is whole."""
@@ -63,7 +72,7 @@ class Reading:
         self._reserved += size
         self._gateway.body_bytes += size
         if self._gateway.body_bytes > self._gateway.limits.body_budget_bytes:
-            raise Unavailable("Too many large requests are under way", retry_after=1)
+            raise _too_much()
 
     def _finish(self, problem: ApiError | None) -> None:
         done, self._done = self._done, None
@@ -79,6 +88,13 @@ class Reading:
 
     def drop(self) -> None:
         """The body is not needed any more. Idempotent."""
+        if self._dropped:
+            return
+        self._dropped = True
         self._gateway.body_bytes -= self._reserved
         self._reserved = 0
         self.intake.close()
+
+
+def _too_much() -> ApiError:
+    return Unavailable("Too many large requests are under way", retry_after=1)

@@ -84,6 +84,10 @@ class StrictProtocol(HttpToolsProtocol):
         """A claimed request's head is here."""
         raise NotImplementedError
 
+    def claimed_whole(self, head: Head, body: bytes) -> None:
+        """A claimed request is here with all of its body: instead of ``claimed_begins``, ``_body`` and ``_ends``."""
+        raise NotImplementedError
+
     def claimed_body(self, piece: bytes) -> None:
         """A piece of its body."""
         raise NotImplementedError
@@ -132,10 +136,14 @@ class StrictProtocol(HttpToolsProtocol):
             self._read_body(data)
             self._advance()
         elif self._answer_open:
-            self._inbox.add_early(data)
+            self.early(data)
         else:
             self._inbox.add(data)
             self._advance()
+
+    def early(self, data: bytes) -> None:
+        """Bytes of a later request while an answer is owed."""
+        self._inbox.add_early(data)
 
     # Heads
 
@@ -144,17 +152,14 @@ class StrictProtocol(HttpToolsProtocol):
         if self._advancing:
             return
         self._advancing = True
+        busy = self._answer_open or self._body_open or self._closing
         try:
-            while self._inbox.ahead and self._is_free() and self._take_head():
-                pass
+            while not busy and self._inbox.ahead and self._take_head():
+                busy = self._answer_open or self._body_open or self._closing
         finally:
             self._advancing = False
-        if self._is_free():
+        if not (self._answer_open or self._body_open or self._closing):
             self._await_head()
-
-    def _is_free(self) -> bool:
-        """Whether the next request may begin."""
-        return not (self._answer_open or self._body_open or self._closing)
 
     def _await_head(self) -> None:
         """Set the deadline for what comes next: the rest of a head, or the next request."""
@@ -175,7 +180,7 @@ class StrictProtocol(HttpToolsProtocol):
             if raw is None:
                 return False
             head = self.gateway.heads.read(raw)
-            self._claimed = self.claim(head)
+            self._claimed = head.memory is not None or self.claim(head)
         except ApiError as error:
             self.refuse(error)
             return False
@@ -188,9 +193,15 @@ class StrictProtocol(HttpToolsProtocol):
         self._head = head
         self._keep = head.keep_alive and not (self.gateway.draining or self._stopping)
         self._in_head = False
-        self._answer_open = self._body_open = self._message_due = True
         self._deadline = _NEVER
-        if head.has_body:
+        self._answer_open = True
+        memory = head.memory
+        if memory is not None and memory.framed and len(self._inbox.ahead) >= (head.content_length or 0):
+            # llhttp has framed this very head before, by the length that is counted here.
+            self.claimed_whole(head, self._inbox.take_body())
+            return
+        self._body_open = self._message_due = True
+        if head.chunked or head.content_length:
             self._await_body()
         if self._claimed:
             self._begin_claimed(head)
@@ -266,6 +277,8 @@ class StrictProtocol(HttpToolsProtocol):
         self._body_open = False
         self._deadline = _NEVER
         if self._claimed and self._answer_open:
+            if self._head is not None and self._head.memory is not None:
+                self._head.memory.framed = True
             self.claimed_ends()
 
     # Answers

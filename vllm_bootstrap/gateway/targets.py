@@ -104,13 +104,13 @@ def rule_of(route: EngineRoute) -> Rule:
     return _RULES[key]
 
 
-def request_class(principal: Principal, x_priority: bytes | None, service_tier: object) -> RequestClass:
-    """Realtime, unless the key has no right to it or the request asks for less. Raises ``BadRequest`` for a word that
-    ``X-Priority`` does not know."""
+def request_class(principal: Principal, x_priority: bytes | None) -> RequestClass:
+    """Realtime, unless the key has no right to it or the request's head asks for less. Raises ``BadRequest`` for a word
+    that ``X-Priority`` does not know."""
     if x_priority is not None and x_priority not in (b"realtime", b"batch"):
         raise BadRequest("X-Priority is 'realtime' or 'batch'", param="x-priority")
     batch_only = principal.max_class == "batch" or not allows(principal.scopes, _REALTIME)
-    return "batch" if batch_only or x_priority == b"batch" or service_tier == "flex" else "realtime"
+    return "batch" if batch_only or x_priority == b"batch" else "realtime"
 
 
 def model_in_query(head: Head) -> str | None:

@@ -65,7 +65,6 @@ def test_fault_29_a_client_that_goes_after_any_number_of_steps(tmp_path: Path, q
 MISTAKES = [
     "vllm_bootstrap.gateway.exchange.admit",
     "vllm_bootstrap.gateway.exchange.make_intake",
-    "vllm_bootstrap.gateway.exchange.model_of",
     "vllm_bootstrap.gateway.exchange.target_of",
     "vllm_bootstrap.gateway.exchange.ticket_of",
     "vllm_bootstrap.gateway.exchange.render",

@@ -57,32 +57,27 @@ def key(*scopes: str, max_class: str | None = None) -> Principal:
 
 
 @pytest.mark.parametrize(
-    ("principal", "asked", "tier", "cls"),
+    ("principal", "asked", "cls"),
     [
-        (key("realtime"), None, None, "realtime"),
-        (key("realtime", "batch"), None, None, "realtime"),
-        (key("admin"), None, None, "realtime"),
-        (key("batch"), None, None, "batch"),
-        (key("batch"), b"realtime", None, "batch"),
-        (key("batch"), None, "priority", "batch"),
-        (key("realtime"), b"batch", None, "batch"),
-        (key("realtime"), b"realtime", None, "realtime"),
-        (key("realtime"), None, "flex", "batch"),
-        (key("realtime"), b"realtime", "flex", "batch"),
-        (key("realtime"), None, "priority", "realtime"),
-        (key("realtime"), None, 17, "realtime"),
-        (key("realtime", max_class="batch"), b"realtime", None, "batch"),
-        (key("realtime", max_class="realtime"), None, None, "realtime"),
+        (key("realtime"), None, "realtime"),
+        (key("realtime", "batch"), None, "realtime"),
+        (key("admin"), None, "realtime"),
+        (key("batch"), None, "batch"),
+        (key("batch"), b"realtime", "batch"),
+        (key("realtime"), b"batch", "batch"),
+        (key("realtime"), b"realtime", "realtime"),
+        (key("realtime", max_class="batch"), b"realtime", "batch"),
+        (key("realtime", max_class="realtime"), None, "realtime"),
     ],
 )
-def test_classes(principal: Principal, asked: bytes | None, tier: object, cls: str) -> None:
-    assert targets.request_class(principal, asked, tier) == cls
+def test_classes(principal: Principal, asked: bytes | None, cls: str) -> None:
+    assert targets.request_class(principal, asked) == cls
 
 
 @pytest.mark.parametrize("word", [b"", b"high", b"-999999", b"REALTIME"])
 def test_an_unknown_priority_is_refused(word: bytes) -> None:
     with pytest.raises(BadRequest) as refused:
-        targets.request_class(key("realtime"), word, None)
+        targets.request_class(key("realtime"), word)
     assert refused.value.param == "x-priority"
 
 
