@@ -86,7 +86,7 @@ bench-cosched: $(READY)  ## realtime beside a saturating batch, on a real vLLM f
 	VLLM_ENGINE_ENV=$(VLLM_ENGINE_ENV) $(PY) -m bench.cosched $(ARGS)
 
 .PHONY: bench-proxy
-bench-proxy: $(READY)  ## what a proxied request and chunk cost: direct, nginx, ours
+bench-proxy: $(READY)  ## what a proxied request and chunk cost: nginx, sglang-router, FastAPI + httpx, ours
 	$(PY) -m bench.proxy $(ARGS)
 
 .PHONY: bench-overload

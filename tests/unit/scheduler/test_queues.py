@@ -200,17 +200,17 @@ def test_7_what_came_back_is_not_displaced() -> None:
 
 
 def test_what_comes_back_is_taken_off_the_account_of_a_key_of_which_nobody_waited_any_more() -> None:
-    desk = Desk(launch(slots=4))
-    desk.ask(owner="blocker", sequences=4)
+    desk = Desk(launch(slots=6))
+    desk.ask(owner="blocker", sequences=6)
     big = desk.ask(owner="big", cls="batch", sequences=3, replayable=True)
+    small = [desk.ask(owner="small", cls="batch") for _ in range(6)]
     desk.done(1)
-    small = [desk.ask(owner="small", cls="batch", sequences=2) for _ in range(3)]
-    desk.ask(owner="small", cls="batch")
-    assert desk.order() == [big]
-    desk.again(big)  # it is first: its key has had nothing
-    assert desk.order() == [big]
+    assert desk.order() == [big, *small[:3]]
+    desk.again(big)  # as if it had never had a place: at the level of the last grant, and the older one
+    assert desk.order() == [*small[:3], big]
+    another = desk.ask(owner="big", cls="batch")
     desk.done(big)
-    assert desk.order() == small[:2]
+    assert desk.order() == [*small[:3], *small[3:5], another]
 
 
 def test_turns_of_keys_that_see_different_models() -> None:

@@ -150,6 +150,7 @@ def test_a_dead_engine_fails_all():
 def test_a_machine_too_slow_for_the_rate_does_not_run_after_the_clock():
     rig = Rig(tps=1000)
     sequence = rig.submit(total=500)
+    rig.time.advance(0.01)
     rig.time.jump(10.0)
     rig.time.advance(0.1)
     assert sequence.produced < 200
@@ -181,6 +182,20 @@ def test_it_is_busy_until_nobody_is_to_be_answered_any_more():
     assert rig.model.busy
     rig.model.abort(waiting)
     assert not rig.model.busy
+
+
+def test_a_pause_between_two_steps_moves_neither():
+    rig = Rig(tps=10)
+    sequence = rig.submit(total=4)
+    rig.time.advance(0.12)
+    rig.model.freeze("a")
+    rig.time.advance(0.05)
+    rig.model.thaw("a")
+    assert sequence.produced == 2
+    rig.time.advance(0.05)
+    assert sequence.produced == 3
+    rig.time.advance(0.1)
+    assert rig.notes.ended == [sequence]
 
 
 def test_what_is_aborted_while_it_stands_still_does_not_begin_when_it_goes_on():
