@@ -179,7 +179,9 @@ class StrictProtocol(HttpToolsProtocol):
             raw = self._inbox.take_head()
             if raw is None:
                 return False
-            head = self.gateway.heads.read(raw)
+            head = self._head
+            if head is None or head.memory is None or head.raw != raw:  # else it is the last one, once more
+                head = self.gateway.heads.read(raw)
             self._claimed = head.memory is not None or self.claim(head)
         except ApiError as error:
             self.refuse(error)
