@@ -19,6 +19,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Close, Frame, Opcode
 from websockets.http11 import Request
+from websockets.protocol import Event
 from websockets.server import ServerProtocol
 
 from tests.support.aio import eventually
@@ -46,6 +47,17 @@ LARGE_EVENT = b"data: " + b"x" * 5_000_000 + b"\n\n"
 EVENT_STREAM = 'data: {"é": "日本"}\r\n\r\ndata: x\n\n: comment\n\ndata: [DONE]\n\n'.encode()
 
 
+def closing(raw: bytes) -> Script:
+    """Send this and close."""
+
+    async def script(visit: Visit) -> None:
+        with contextlib.suppress(ConnectionError):
+            await visit.send(raw)
+        visit.writer.close()
+
+    return script
+
+
 class Box:
     """``script`` is what the engine does with whatever is no probe of the daemon's."""
 
@@ -69,9 +81,10 @@ class Box:
         self.script = script
         self.engine.requests.clear()
         self.runner.run(asyncio.wait_for(main, 60))
-        self.script = None
-        self.engine.abort_all()  # the next test begins with fresh connections
+        self.engine.abort_all()
+        self.script = closing(answer(LISTED, keep=False))  # the next test begins without kept connections
         assert self.runner.run(self.ask()).body == LISTED  # whatever that was, nobody else suffers from it
+        self.script = None
 
     @contextlib.asynccontextmanager
     async def wire(self) -> AsyncIterator[Wire]:
@@ -91,13 +104,12 @@ class Box:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
 
-@pytest.fixture(scope="module")
-def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    folder = tmp_path_factory.mktemp("e")
+@contextlib.contextmanager
+def boxed(folder: Path, **settings: Any) -> Iterator[Box]:
     engine = RawUpstream(folder / "e")
     daemon = DaemonProcess(
         key="sk-admin", devices="mock:1", auth_keys_file=folder / "keys.json", engines_file=folder / "engines.json",
-        header_timeout_s=1, body_timeout_s=1, max_body_bytes=MIB, max_in_flight_requests=QUEUED,
+        **settings,
     )  # fmt: skip
     (folder / "keys.json").write_text(json.dumps(KEYS))
     entry = {
@@ -115,7 +127,13 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
             yield box
         finally:
             runner.run(running.__aexit__(None, None, None))
-    assert "Traceback" not in daemon.log
+        assert "Traceback" not in daemon.log
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+    with boxed(tmp_path_factory.mktemp("e"), max_in_flight_requests=QUEUED) as box:
+        yield box
 
 
 # -- what clients send -------------------------------------------------------------------------------------------------
@@ -166,12 +184,12 @@ def test_fault_21_requests_sent_ahead_are_answered_in_order(box: Box) -> None:
     box.run(main(), script)
 
 
-def test_fault_20_slow_and_oversized_requests_are_refused_and_stop_nobody(box: Box) -> None:
+def test_fault_20_slow_and_oversized_requests_are_refused_and_stop_nobody(tmp_path: Path) -> None:
     """At once: heads and bodies that never end, too large heads, too many headers, too long bodies; and meanwhile the
     honest."""
 
     async def one(raw: bytes) -> tuple[int, str]:
-        async with box.wire() as wire:
+        async with mine.wire() as wire:
             with contextlib.suppress(ConnectionError):
                 await wire.send(raw)
             reply = await wire.reply()
@@ -179,9 +197,9 @@ def test_fault_20_slow_and_oversized_requests_are_refused_and_stop_nobody(box: B
 
     async def honest() -> None:
         for _ in range(5):
-            assert (await box.ask()).status == 200
-            assert (await box.ask("GET", f"/status/{box.launch_id}", key="sk-admin")).status == 200
-            assert (await box.ask("GET", "/healthz")).status == 200
+            assert (await mine.ask()).status == 200
+            assert (await mine.ask("GET", f"/status/{mine.launch_id}", key="sk-admin")).status == 200
+            assert (await mine.ask("GET", "/healthz")).status == 200
 
     async def main() -> None:
         declared = request(raw_body=b"", headers=[("Content-Length", str(MIB + 1))])
@@ -203,7 +221,8 @@ def test_fault_20_slow_and_oversized_requests_are_refused_and_stop_nobody(box: B
         await honest()
         assert await ends == [wanted for _, wanted in refused]
 
-    box.run(main())
+    with boxed(tmp_path, header_timeout_s=1, body_timeout_s=1, max_body_bytes=MIB) as mine:
+        mine.run(main())
 
 
 def test_fault_22_what_a_client_says_to_the_daemon_does_not_reach_the_engine(box: Box) -> None:
@@ -295,15 +314,6 @@ def test_fault_28_five_hundred_at_once_meet_exact_limits(box: Box) -> None:
 # -- what engines send -------------------------------------------------------------------------------------------------
 
 
-def broken(raw: bytes) -> Script:
-    async def script(visit: Visit) -> None:
-        with contextlib.suppress(ConnectionError):
-            await visit.send(raw)
-        visit.writer.close()
-
-    return script
-
-
 @pytest.mark.parametrize("name", BEFORE_HEADERS)
 def test_fault_23_what_is_no_answer_is_a_502_and_is_asked_once(box: Box, name: str) -> None:
     async def main() -> None:
@@ -313,12 +323,12 @@ def test_fault_23_what_is_no_answer_is_a_502_and_is_asked_once(box: Box, name: s
             assert (reply.status, reply.code) == (502, "upstream_error")
             assert len(box.engine.requests) == 1
 
-    box.run(main(), broken(BEFORE_HEADERS[name]))
+    box.run(main(), closing(BEFORE_HEADERS[name]))
 
 
 def test_fault_23_answers_that_break_are_told_from_whole_ones(box: Box) -> None:
     async def events(raw: bytes) -> None:
-        box.script = broken(raw)
+        box.script = closing(raw)
         reply = await box.ask()
         assert reply.status == 200
         assert b"[DONE]" not in reply.body
@@ -326,7 +336,7 @@ def test_fault_23_answers_that_break_are_told_from_whole_ones(box: Box) -> None:
         assert told["error"]["code"] == "upstream_error"
 
     async def cut(raw: bytes) -> None:
-        box.script = broken(raw)
+        box.script = closing(raw)
         with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
             await box.ask()
 
@@ -487,10 +497,12 @@ def test_fault_24_an_upload_of_200_mb_passes_through_little_memory(box: Box) -> 
     box.run(main(), script)
 
 
-def echo(protocol: ServerProtocol, event: Request | Frame, told: list[Close]) -> None:
+def echo(protocol: ServerProtocol, event: Event, told: list[Close]) -> None:
     """An engine's end of a websocket: the same back, and an end on wish."""
     if isinstance(event, Request):
         protocol.send_response(protocol.accept(event))
+    elif not isinstance(event, Frame):
+        raise AssertionError(event)
     elif event.opcode is Opcode.CLOSE:
         told.append(Close.parse(event.data))
     elif event.data == b"close":

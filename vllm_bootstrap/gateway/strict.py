@@ -24,6 +24,7 @@ from uvicorn.server import ServerState
 
 from vllm_bootstrap.errors import ApiError, BadRequest, Draining, RequestTimeout, Unavailable
 from vllm_bootstrap.gateway import headers
+from vllm_bootstrap.gateway.claims import Claims
 from vllm_bootstrap.gateway.gateway import Gateway, detect_dead_peer
 from vllm_bootstrap.gateway.head import Head, Headers
 from vllm_bootstrap.gateway.inbox import Inbox
@@ -45,11 +46,9 @@ class _BodySink:
         self.on_message_complete = protocol.message_ends
 
 
-class StrictProtocol(HttpToolsProtocol):
+class StrictProtocol(Claims, HttpToolsProtocol):
     """uvicorn's protocol made strict. A subclass may claim requests; the others go to the ASGI app.
-
-    To be overridden: ``claim``, what is called for a claimed request (``claimed_*``), which then owes one answer (it
-    writes to ``transport`` and calls ``answer_done``, or it calls ``answer_error`` or ``cut``), and the app's side.
+    What it must be able to do for that: ``Claims``.
     """
 
     gateway: ClassVar[Gateway]
@@ -73,44 +72,6 @@ class StrictProtocol(HttpToolsProtocol):
         self._head: Head | None = None
         self._body_started_at = 0.0
         self._body_bytes = 0
-
-    # For the subclass
-
-    def claim(self, head: Head) -> bool:
-        """Whether this request is the subclass's. May raise ``ApiError``: then it is refused."""
-        raise NotImplementedError
-
-    def claimed_begins(self, head: Head) -> None:
-        """A claimed request's head is here."""
-        raise NotImplementedError
-
-    def claimed_whole(self, head: Head, body: bytes) -> None:
-        """A claimed request is here with all of its body: instead of ``claimed_begins``, ``_body`` and ``_ends``."""
-        raise NotImplementedError
-
-    def claimed_body(self, piece: bytes) -> None:
-        """A piece of its body."""
-        raise NotImplementedError
-
-    def claimed_ends(self) -> None:
-        """The request is whole."""
-        raise NotImplementedError
-
-    def claimed_is_bad(self, error: ApiError) -> None:
-        """Its body cannot be read on; the answer is still owed."""
-        raise NotImplementedError
-
-    def claimed_tick(self, now: float) -> None:
-        """Look at deadlines of its own."""
-        raise NotImplementedError
-
-    def app_begins(self, head: Head) -> None:
-        """A request for the app: feed its head to ``self.parser``, or answer with an error."""
-        raise NotImplementedError
-
-    def fail_app(self, error: ApiError) -> None:
-        """Take the answer away from the app: ours when it has not begun, else a cut."""
-        raise NotImplementedError
 
     # Life of the connection
 
