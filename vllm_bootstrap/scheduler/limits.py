@@ -15,6 +15,7 @@ Nothing here knows queues, engines or HTTP.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
 
@@ -22,22 +23,23 @@ from vllm_bootstrap.auth.types import Principal
 from vllm_bootstrap.errors import BadRequest, ConcurrencyLimit, TooManyRequests
 from vllm_bootstrap.scheduler.pace import DEFAULT_RETRY_S
 from vllm_bootstrap.scheduler.tickets import Ticket
-from vllm_bootstrap.scheduler.window import WINDOW_S, Entry, Window
+from vllm_bootstrap.scheduler.window import WINDOW_S, Entry, Moments, Window
+
+# Names of header lines. All of a key's minute is free again after a minute at most.
+_REQUESTS = (b"x-ratelimit-limit-requests", b"x-ratelimit-remaining-requests", b"x-ratelimit-reset-requests")
+_TOKENS = (b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens")
+_SECONDS = tuple(b"%ds" % seconds for seconds in range(int(WINDOW_S) + 1))
+
+Lines = tuple[tuple[bytes, bytes], ...]
 
 
-class Share(NamedTuple):
+@dataclass(slots=True)
+class Share:
     """What is left of one limit per minute. ``reset_s``: until all of it is free again."""
 
     limit: int
     remaining: int
     reset_s: float
-
-    def headers(self, what: bytes) -> tuple[tuple[bytes, bytes], ...]:
-        return (
-            (b"x-ratelimit-limit-" + what, b"%d" % self.limit),
-            (b"x-ratelimit-remaining-" + what, b"%d" % self.remaining),
-            (b"x-ratelimit-reset-" + what, b"%ds" % ceil(self.reset_s)),
-        )
 
 
 class RateState(NamedTuple):
@@ -46,71 +48,88 @@ class RateState(NamedTuple):
     requests: Share | None
     tokens: Share | None
 
-    def headers(self) -> tuple[tuple[bytes, bytes], ...]:
+    def headers(self) -> Lines:
         """The ``x-ratelimit-*`` headers OpenAI clients know."""
-        requests = self.requests.headers(b"requests") if self.requests is not None else ()
-        return requests + (self.tokens.headers(b"tokens") if self.tokens is not None else ())
+        requests, tokens = self
+        if tokens is None:
+            return () if requests is None else _lines(_REQUESTS, requests)
+        return _lines(_TOKENS, tokens) if requests is None else _lines(_REQUESTS, requests) + _lines(_TOKENS, tokens)
+
+
+def _lines(names: tuple[bytes, bytes, bytes], share: Share) -> Lines:
+    limit, left, reset = names
+    return (limit, b"%d" % share.limit), (left, b"%d" % share.remaining), (reset, _SECONDS[ceil(share.reset_s)])
 
 
 class Charge:
     """Tokens one accepted request has been charged."""
 
-    __slots__ = ("beyond", "enqueued", "entry", "name", "reserved")
+    __slots__ = ("account", "beyond", "enqueued", "entry", "reserved")
 
-    def __init__(self, name: str, entry: Entry | None, reserved: int, enqueued: int) -> None:
-        self.name = name
+    def __init__(self, account: Account, entry: Entry | None, reserved: int, enqueued: int) -> None:
+        self.account = account
         self.entry = entry
         self.reserved = reserved
         self.beyond = 0
         self.enqueued = enqueued
 
 
-class KeyLimits:
-    """Counts of all keys. Keys without limits cost one dictionary look-up."""
+class Account:
+    """What one key has under way, and what it was given within the last minute."""
+
+    __slots__ = ("enqueued", "parallel", "requests", "tokens")
 
     def __init__(self) -> None:
-        self._parallel: dict[str, int] = {}
-        self._requests: dict[str, Window] = {}
-        self._tokens: dict[str, Window] = {}
-        self._enqueued: dict[str, int] = {}
+        self.parallel = self.enqueued = 0
+        self.requests = Moments()
+        self.tokens = Window()
+
+
+class KeyLimits:
+    """The accounts of all keys. Keys without limits cost little more than a dictionary look-up."""
+
+    def __init__(self) -> None:
+        self._accounts: dict[str, Account] = {}
 
     def check(self, principal: Principal, ticket: Ticket, now: float) -> None:
         """Raise if one more request of ``principal`` would break its limits. Changes nothing."""
+        account = self._accounts.get(principal.name) or self._open(principal.name)
         most = principal.max_parallel
-        if most is not None and self._parallel.get(principal.name, 0) >= most:
+        if most is not None and account.parallel >= most:
             raise ConcurrencyLimit(
                 f"Limit of this key: {_requests(most)} at once, and as many are queued or running. Wait for one to end",
                 retry_after=1,
             )
-        if principal.requests_per_minute is not None:
-            self._check_requests(principal.name, principal.requests_per_minute, now)
+        most = principal.requests_per_minute
+        if most is not None and account.requests.total(now) >= most:
+            raise _too_many_requests(account, most, now)
         if principal.tokens_per_minute is not None:
-            self._check_tokens(principal.name, principal.tokens_per_minute, _tokens(ticket), now)
+            _check_tokens(account, principal.tokens_per_minute, ticket.prompt_tokens + ticket.output_tokens, now)
         if principal.max_enqueued_tokens is not None and ticket.cls == "batch":
-            self._check_enqueued(principal.name, principal.max_enqueued_tokens, _tokens(ticket))
+            _check_enqueued(account, principal.max_enqueued_tokens, ticket.prompt_tokens + ticket.output_tokens)
 
     def enter(self, principal: Principal, ticket: Ticket, now: float) -> Charge | None:
-        """Count one accepted request. What it was charged in tokens goes to ``settle`` and ``leave``."""
-        name = principal.name
-        self._parallel[name] = self._parallel.get(name, 0) + 1
+        """Count one accepted request, which was checked. What it was charged in tokens goes to ``settle`` and
+        ``leave``."""
+        account = self._accounts[principal.name]
+        account.parallel += 1
         if principal.requests_per_minute is not None:
-            _window(self._requests, name).add(1, now)
+            account.requests.add(now)
         enqueues = principal.max_enqueued_tokens is not None and ticket.cls == "batch"
         if principal.tokens_per_minute is None and not enqueues:
             return None
-        tokens = _tokens(ticket)
-        entry = None
-        if principal.tokens_per_minute is not None:
-            entry = _window(self._tokens, name).add(tokens, now)
-        if enqueues:
-            self._enqueued[name] = self._enqueued.get(name, 0) + tokens
-        return Charge(name, entry, tokens, tokens if enqueues else 0)
+        tokens = ticket.prompt_tokens + ticket.output_tokens
+        entry = None if principal.tokens_per_minute is None else account.tokens.add(tokens, now)
+        if not enqueues:
+            return Charge(account, entry, tokens, 0)
+        account.enqueued += tokens
+        return Charge(account, entry, tokens, tokens)
 
     def settle(self, charge: Charge, tokens: int, now: float) -> None:
         """The engine has used ``tokens`` for it. What counts beyond the reserve is not given back again."""
         if charge.entry is None:
             return
-        window = self._tokens[charge.name]
+        window = charge.account.tokens
         window.correct(charge.entry, min(tokens, charge.reserved), now)
         beyond = tokens - charge.reserved - charge.beyond
         if beyond > 0:
@@ -119,91 +138,79 @@ class KeyLimits:
 
     def leave(self, name: str, charge: Charge | None, now: float, *, worked: bool) -> None:
         """One request of the key ``name`` has ended. ``worked`` False: no engine did anything for it."""
-        left = self._parallel[name] - 1
-        if left:
-            self._parallel[name] = left
-        else:
-            del self._parallel[name]
+        account = self._accounts[name]
+        account.parallel -= 1
         if charge is None:
             return
+        account.enqueued -= charge.enqueued
         if charge.entry is not None and not worked:
-            self._tokens[name].correct(charge.entry, 0, now)
-        if charge.enqueued:
-            self._enqueued[name] -= charge.enqueued
-            if not self._enqueued[name]:
-                del self._enqueued[name]
+            account.tokens.correct(charge.entry, 0, now)
 
     def rate(self, principal: Principal, now: float) -> RateState | None:
         """What is left of the key's minute, None for a key without such limits."""
-        requests, tokens = principal.requests_per_minute, principal.tokens_per_minute
-        if requests is None and tokens is None:
+        most, most_tokens = principal.requests_per_minute, principal.tokens_per_minute
+        if most is None and most_tokens is None:
             return None
-        return RateState(
-            None if requests is None else _share(_window(self._requests, principal.name), requests, now),
-            None if tokens is None else _share(_window(self._tokens, principal.name), tokens, now),
-        )
+        account = self._accounts.get(principal.name) or self._open(principal.name)
+        requests = None if most is None else _share(account.requests, most, now)
+        return RateState(requests, None if most_tokens is None else _share(account.tokens, most_tokens, now))
 
     def parallel(self, name: str) -> int:
         """Requests of the key ``name`` that are queued or running."""
-        return self._parallel.get(name, 0)
+        account = self._accounts.get(name)
+        return 0 if account is None else account.parallel
 
     def enqueued(self, name: str) -> int:
         """Estimated tokens of its queued and running batch requests, as far as they are limited."""
-        return self._enqueued.get(name, 0)
+        account = self._accounts.get(name)
+        return 0 if account is None else account.enqueued
 
-    def _check_requests(self, name: str, limit: int, now: float) -> None:
-        window = _window(self._requests, name)
-        accepted = window.total(now)
-        if accepted >= limit:
-            wait = window.less_in(accepted + 1 - limit, now) if limit else WINDOW_S
-            raise TooManyRequests(
-                f"Limit of this key: {_requests(limit)} a minute, and as many came in the last one. Send more slowly",
-                retry_after=wait,
-            )
-
-    def _check_tokens(self, name: str, limit: int, tokens: int, now: float) -> None:
-        if tokens > limit:
-            raise BadRequest(
-                f"This request may take about {tokens} tokens (prompt and answer), and this key has {limit} a minute: "
-                "it can never run. Shorten it or lower its max_tokens"
-            )
-        window = _window(self._tokens, name)
-        used = window.total(now)
-        if used + tokens > limit:
-            raise TooManyRequests(
-                f"Limit of this key: {limit} tokens a minute. {used} are used or reserved, and this request may take "
-                f"about {tokens} more. Send it later, or lower its max_tokens",
-                retry_after=window.less_in(used + tokens - limit, now),
-            )
-
-    def _check_enqueued(self, name: str, limit: int, tokens: int) -> None:
-        if tokens > limit:
-            raise BadRequest(
-                f"This batch request may take about {tokens} tokens (prompt and answer), and this key may have {limit} "
-                "of batch under way: it can never run. Shorten it or lower its max_tokens"
-            )
-        under_way = self._enqueued.get(name, 0)
-        if under_way + tokens > limit:
-            raise TooManyRequests(
-                f"Limit of this key: {limit} tokens of queued and running batch requests. {under_way} are under way, "
-                f"and this request may take about {tokens} more. Send it when some have ended",
-                retry_after=DEFAULT_RETRY_S,
-            )
+    def _open(self, name: str) -> Account:
+        """The account of a key that is new here. Nobody else makes names up, so there are few."""
+        account = self._accounts[name] = Account()
+        return account
 
 
-def _tokens(ticket: Ticket) -> int:
-    return ticket.prompt_tokens + ticket.output_tokens
-
-
-def _window(windows: dict[str, Window], name: str) -> Window:
-    window = windows.get(name)
-    if window is None:
-        window = windows[name] = Window()
-    return window
-
-
-def _share(window: Window, limit: int, now: float) -> Share:
+def _share(window: Moments | Window, limit: int, now: float) -> Share:
     return Share(limit, max(0, limit - window.total(now)), window.empty_in(now))
+
+
+def _too_many_requests(account: Account, limit: int, now: float) -> TooManyRequests:
+    wait = account.requests.less_in(account.requests.total(now) + 1 - limit, now) if limit else WINDOW_S
+    return TooManyRequests(
+        f"Limit of this key: {_requests(limit)} a minute, and as many came in the last one. Send more slowly",
+        retry_after=wait,
+    )
+
+
+def _check_tokens(account: Account, limit: int, tokens: int, now: float) -> None:
+    if tokens > limit:
+        raise BadRequest(
+            f"This request may take about {tokens} tokens (prompt and answer), and this key has {limit} a minute: "
+            "it can never run. Shorten it or lower its max_tokens"
+        )
+    used = account.tokens.total(now)
+    if used + tokens > limit:
+        raise TooManyRequests(
+            f"Limit of this key: {limit} tokens a minute. {used} are used or reserved, and this request may take "
+            f"about {tokens} more. Send it later, or lower its max_tokens",
+            retry_after=account.tokens.less_in(used + tokens - limit, now),
+        )
+
+
+def _check_enqueued(account: Account, limit: int, tokens: int) -> None:
+    if tokens > limit:
+        raise BadRequest(
+            f"This batch request may take about {tokens} tokens (prompt and answer), and this key may have {limit} "
+            "of batch under way: it can never run. Shorten it or lower its max_tokens"
+        )
+    under_way = account.enqueued
+    if under_way + tokens > limit:
+        raise TooManyRequests(
+            f"Limit of this key: {limit} tokens of queued and running batch requests. {under_way} are under way, "
+            f"and this request may take about {tokens} more. Send it when some have ended",
+            retry_after=DEFAULT_RETRY_S,
+        )
 
 
 def _requests(count: int) -> str:

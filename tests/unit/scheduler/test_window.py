@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_bootstrap.scheduler.window import WINDOW_S, Window
+from vllm_bootstrap.scheduler.window import WINDOW_S, Moments, Window
 
 
 def test_amounts_leave_after_a_minute() -> None:
@@ -48,3 +48,28 @@ def test_the_total_is_that_of_the_last_minute(steps: list[tuple[float, int, int 
             window.correct(entries[0], correction, now)
             all_of_it[0][1] = correction
         assert window.total(now) == sum(amount for at, amount in all_of_it if at > now - WINDOW_S)
+
+
+def test_moments_leave_after_a_minute() -> None:
+    moments = Moments()
+    assert moments.empty_in(0.0) == 0.0
+    moments.add(0.0)
+    moments.add(10.0)
+    assert moments.total(59.9) == 2
+    assert (moments.less_in(1, 20.0), moments.less_in(2, 20.0), moments.less_in(3, 20.0)) == (40.0, 50.0, WINDOW_S)
+    assert moments.empty_in(20.0) == 50.0
+    assert moments.total(60.0) == 1
+    assert moments.empty_in(70.0) == 0.0
+    assert moments.total(70.0) == 0
+
+
+@given(st.lists(st.tuples(st.floats(0, 30), st.integers(1, 5)), max_size=30))
+def test_moments_are_a_window_of_ones(steps: list[tuple[float, int]]) -> None:
+    moments, window, now = Moments(), Window(), 0.0
+    for passed, amount in steps:
+        now += passed
+        moments.add(now)
+        window.add(1, now)
+        assert moments.total(now) == window.total(now)
+        assert moments.empty_in(now) == window.empty_in(now) == WINDOW_S
+        assert moments.less_in(amount, now) == window.less_in(amount, now)
