@@ -68,6 +68,7 @@ class Budget(BatchBudget):
         self._batch_over_at = -math.inf
         self._arrived_at: float | None = None
         self._gap_s = 0.0
+        self._hold_s = min(policy.idle_after_s, LONGEST_HOLD_S)
         self._active_until = -math.inf
         self._listen_until = self._listen_again = -math.inf
         self._last = EngineSignals()
@@ -87,8 +88,9 @@ class Budget(BatchBudget):
         if self._arrived_at is not None:
             gap = min(now - self._arrived_at, LONGEST_HOLD_S)
             self._gap_s += GAP_WEIGHT * (gap - self._gap_s)
+            self._hold_s = min(max(self._policy.idle_after_s, PAUSES * self._gap_s), LONGEST_HOLD_S)
         self._arrived_at = now
-        if not self._cap.knows(now) and now >= self._listen_again:
+        if now >= self._listen_again and not self._cap.knows(now):
             # Not again, unless a first byte shows that realtime has any to time.
             self._listen_until, self._listen_again = now + LISTEN_S, math.inf
         self._seen(now)
@@ -113,8 +115,7 @@ class Budget(BatchBudget):
         self._seen(now)
 
     def _seen(self, now: float) -> None:
-        hold = min(max(self._policy.idle_after_s, PAUSES * self._gap_s), LONGEST_HOLD_S)
-        self._active_until = max(self._active_until, now + hold)
+        self._active_until = max(self._active_until, now + self._hold_s)
 
     def _active(self, now: float) -> bool:
         return self._realtime > 0 or now < self._active_until
