@@ -189,7 +189,7 @@ class Daemon:
             queue_timeout_s=settings.queue_timeout_s,
             budget=partial(Budget, budget_policy(settings)),
             ended=lambda launch_id: self.supervisor.has_ended(launch_id),  # noqa: PLW0108 - made below
-            on_event=self._metrics.gate_event,
+            watcher=self._metrics.traffic,
         )
         self.supervisor = Supervisor(
             config,

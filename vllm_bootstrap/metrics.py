@@ -25,7 +25,6 @@ from prometheus_client.registry import Collector
 
 from vllm_bootstrap.gateway.limits import RequestRecord
 from vllm_bootstrap.launches.types import EventView
-from vllm_bootstrap.scheduler.tickets import GateEvent
 from vllm_bootstrap.tallies import SHORT_S, ClassTally, Spread, Traffic
 
 # They would be a second series for each counter, which nobody here reads.
@@ -110,10 +109,6 @@ class Metrics:
     def data_plane_request(self, record: RequestRecord) -> None:
         """Count one finished request of the data plane."""
         self.traffic.finished(record)
-
-    def gate_event(self, event: GateEvent) -> None:
-        """Count what the scheduler did with one request."""
-        self.traffic.scheduled(event)
 
     def launch_event(self, event: EventView) -> None:
         """Count what one history row of a launch tells."""

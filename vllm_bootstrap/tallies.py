@@ -9,8 +9,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 
+from vllm_bootstrap.errors import ApiError
 from vllm_bootstrap.gateway.limits import RequestRecord
-from vllm_bootstrap.scheduler.tickets import GateEvent
+from vllm_bootstrap.scheduler.tickets import Grant, Ticket, Watcher
 
 MODELS_MAX = 200
 OTHER = "other"
@@ -87,7 +88,7 @@ class ClassTally:
         return found
 
 
-class Traffic:
+class Traffic(Watcher):
     """All tallies of the data plane. Requests that were refused before they had a class are of the class ``none``."""
 
     def __init__(self) -> None:
@@ -101,16 +102,21 @@ class Traffic:
         """Count one finished request."""
         self.classes[record.cls or "none"].add(record)
 
-    def scheduled(self, event: GateEvent) -> None:
-        """Count what the scheduler did with one request."""
-        kind = event.kind
-        if kind == "admitted" or kind == "rejected":  # noqa: PLR1714 - quicker than a set
-            key = (event.cls, event.code or kind)
-            self.admissions[key] = self.admissions.get(key, 0) + 1
-        elif kind == "revoked":
-            self.taken_back += 1
-        else:
-            self.promotions += 1
+    # What the scheduler did with one request
+
+    def admitted(self, ticket: Ticket, grant: Grant) -> None:  # noqa: ARG002
+        key = (ticket.cls, "admitted")
+        self.admissions[key] = self.admissions.get(key, 0) + 1
+
+    def rejected(self, ticket: Ticket, model: str, error: ApiError) -> None:  # noqa: ARG002
+        key = (ticket.cls, error.code)
+        self.admissions[key] = self.admissions.get(key, 0) + 1
+
+    def revoked(self, ticket: Ticket, model: str, launch_id: str) -> None:  # noqa: ARG002
+        self.taken_back += 1
+
+    def promoted(self, ticket: Ticket, grant: Grant) -> None:  # noqa: ARG002
+        self.promotions += 1
 
     def __iter__(self) -> Iterator[tuple[str, ClassTally]]:
         return iter(self.classes.items())

@@ -7,9 +7,13 @@ from typing import Any
 import pytest
 
 from vllm_bootstrap import tallies
+from vllm_bootstrap.errors import QueueFull
 from vllm_bootstrap.gateway.limits import RequestRecord
-from vllm_bootstrap.scheduler.tickets import GateEvent
+from vllm_bootstrap.scheduler.tickets import Grant, Ticket
+from vllm_bootstrap.serving import Endpoint, Instance
 from vllm_bootstrap.tallies import Spread, Traffic
+
+INSTANCE = Instance("a", "a", "raw", "base", ("m",), Endpoint(uds="/x"), 1, ())
 
 
 def record(**fields: Any) -> RequestRecord:
@@ -89,8 +93,11 @@ def test_names_of_models_are_bounded(monkeypatch: pytest.MonkeyPatch):
 
 def test_what_the_scheduler_did():
     traffic = Traffic()
-    for kind, code in (("admitted", None), ("admitted", None), ("rejected", "queue_full"), ("revoked", None)):
-        traffic.scheduled(GateEvent(kind, "batch", code=code))
-    traffic.scheduled(GateEvent("promoted", "batch"))
+    ticket, grant = Ticket("me", "batch"), Grant(1, INSTANCE, 0.0, promoted=True, model="m")
+    traffic.promoted(ticket, grant)
+    traffic.admitted(ticket, grant)
+    traffic.admitted(ticket, grant)
+    traffic.rejected(ticket, "m", QueueFull("No"))
+    traffic.revoked(ticket, "m", "a")
     assert traffic.admissions == {("batch", "admitted"): 2, ("batch", "queue_full"): 1}
     assert (traffic.taken_back, traffic.promotions) == (1, 1)

@@ -45,7 +45,11 @@ class Place:
 
     def ask(self, target: Target, ticket: Ticket) -> None:
         """Ask for a place. ``on_place`` comes at once when there is one. Raises the refusal."""
-        self._take(self._gate.request(target, ticket))
+        got = self._gate.request(target, ticket)
+        if isinstance(got, Lease):
+            self._hold(got)
+        else:
+            self._await(got)
 
     def again(self, why: Literal["revoked", "unreachable"]) -> None:
         """This place is of no use: get another one. Raises the refusal; then there is none any more."""
@@ -54,19 +58,20 @@ class Place:
         lease.on_revoked = None
         if why == "unreachable":
             self._tries += 1
-        self._take(lease.again(why))
+        got = lease.again(why)
+        if isinstance(got, Lease):
+            self._hold(got)
+        else:
+            self._await(got)
 
     @property
     def may_fail_over(self) -> bool:
         """Whether to try another engine when this one cannot be reached."""
         return self._lease is not None and self._tries < MOST_ENGINES
 
-    def _take(self, got: Lease | Pending) -> None:
-        if isinstance(got, Pending):
-            self._pending = got
-            got.notify = self._on_outcome
-        else:
-            self._hold(got)
+    def _await(self, pending: Pending) -> None:
+        self._pending = pending
+        pending.notify = self._on_outcome
 
     def _on_outcome(self, outcome: Lease | ApiError) -> None:
         self._pending = None

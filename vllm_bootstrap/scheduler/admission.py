@@ -82,19 +82,18 @@ class Admission:
         self._budget = budget
         self._directory = Directory(ended)
         self._dispatcher = Dispatcher()
+        self.outcome = self._dispatcher.outcome
         self._requests: dict[int, Request] = {}
         self._draining = False
 
     @property
     def batch_waiting(self) -> int:
         """Batch requests that wait anywhere: as long as there are any, ``next_change`` matters."""
-        return self._dispatcher.batch_waiting
+        return self.outcome.batch_waiting
 
     def take_effects(self) -> list[Effect]:
         """What must be told to whom, once. A grant that a call returned is not among them."""
-        effects = self._dispatcher.effects
-        if effects:
-            self._dispatcher.effects = []
+        effects, self.outcome.effects = self.outcome.effects, []
         return effects
 
     # What launches say
@@ -195,7 +194,8 @@ class Admission:
             return
         launch = request.launch
         launch.began(request, now, streamed=streamed)
-        self._dispatcher.take_back(launch, now)
+        if launch.revocable:
+            self._dispatcher.take_back(launch, now)
         if launch.waiting["batch"]:
             self._dispatcher.pump((launch,), now)
 
@@ -331,7 +331,7 @@ class Admission:
     def _reject(self, request: Request, error: ApiError, now: float) -> None:
         self._dispatcher.leave(request, now)
         self._end(request, now, worked=False)
-        self._dispatcher.effects.append(Reject(request.id, error))
+        self.outcome.effects.append(Reject(request.id, error))
 
     def _end(self, request: Request, now: float, *, worked: bool) -> None:
         del self._requests[request.id]

@@ -124,7 +124,8 @@ class Launch:
     # What may start
 
     def cost_of(self, request: Request) -> int:
-        return max(1, min(request.ticket.sequences, self.slots))
+        sequences = request.ticket.sequences
+        return sequences if 1 <= sequences <= self.slots else 1 if sequences < 1 else self.slots
 
     def fits(self, request: Request) -> bool:
         """Whether there are slots for a realtime request."""
@@ -154,7 +155,10 @@ class Launch:
         """``request`` gets its slots. ``number`` counts grants."""
         request.launch, request.granted_at, request.grant_number = self, now, number
         request.promoted, request.began = promoted, False
-        request.cost = cost = min(self.cost_of(request), self.free) if promoted else self.cost_of(request)
+        cost = self.cost_of(request)
+        if promoted and cost > self.free:
+            cost = self.free
+        request.cost = cost
         self.last_grant = number
         ticket = request.ticket
         if ticket.cls == "realtime":
@@ -173,22 +177,25 @@ class Launch:
     def began(self, request: Request, now: float, *, streamed: bool) -> None:
         """The answer has begun: too late to take it back."""
         request.began = True
+        if request.ticket.cls == "realtime":
+            if streamed:
+                self.budget.realtime_began(now - request.granted_at, now)
+            return
         self.keep(request)
-        if streamed and request.ticket.cls == "realtime":
-            self.budget.realtime_began(now - request.granted_at, now)
-        elif streamed:
+        if streamed:
             self.budget.batch_began(request.id, now)
 
     def end(self, request: Request, now: float) -> None:
         """``request`` gives its slots back."""
-        self.keep(request)
-        self.sequences -= request.cost
-        self.in_flight[request.ticket.cls] -= 1
-        if request.ticket.cls == "realtime":
-            self.budget.realtime_ended(request.cost, now)
+        cls, cost = request.ticket.cls, request.cost
+        self.sequences -= cost
+        self.in_flight[cls] -= 1
+        if cls == "realtime":
+            self.budget.realtime_ended(cost, now)
         else:
+            self.keep(request)
             self.batch -= request.counted
-            self.budget.batch_ended(request.id, request.cost, now)
+            self.budget.batch_ended(request.id, cost, now)
         request.launch = None
 
     # What is taken back

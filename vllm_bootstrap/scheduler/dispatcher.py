@@ -13,13 +13,23 @@ from vllm_bootstrap.scheduler.queues import Lane, Lines, Request
 from vllm_bootstrap.scheduler.tickets import Effect, Grant, Revoke
 
 
-class Dispatcher:
-    """Moves requests between queues and launches. ``effects`` gathers what their holders must be told."""
+class Outcome:
+    """What remains to be done after a call: ``effects`` are what holders must be told. ``batch_waiting``: so many batch
+    requests wait anywhere; as long as there are any, budgets must be asked again when they change with time alone."""
+
+    __slots__ = ("batch_waiting", "effects")
 
     def __init__(self) -> None:
         self.effects: list[Effect] = []
-        self.lines = Lines()
         self.batch_waiting = 0
+
+
+class Dispatcher:
+    """Moves requests between queues and launches."""
+
+    def __init__(self) -> None:
+        self.outcome = Outcome()
+        self.lines = Lines()
         self._grants = 0
 
     # Waiting
@@ -29,7 +39,7 @@ class Dispatcher:
         ticket, lane = request.ticket, request.lane
         self.lines.add(request)
         lane.shelf.add(request)
-        self.batch_waiting += ticket.cls == "batch"
+        self.outcome.batch_waiting += ticket.cls == "batch"
         for launch in lane.launches:
             launch.count(request, 1, now)
             launch.turns[ticket.cls].enter(request)
@@ -40,14 +50,15 @@ class Dispatcher:
         """``request`` does not wait any more. What waits behind it may run now: ``pump``."""
         self.lines.remove(request)
         request.lane.shelf.remove(request)
-        self.batch_waiting -= request.ticket.cls == "batch"
+        self.outcome.batch_waiting -= request.ticket.cls == "batch"
         for launch in request.lane.launches:
             launch.count(request, -1, now)
 
     def _own_grant(self, request: Request) -> Grant:
         """Out of the effects, because the caller hears of it at once."""
-        grant = next(one for one in self.effects if isinstance(one, Grant) and one.request == request.id)
-        self.effects.remove(grant)
+        effects = self.outcome.effects
+        grant = next(one for one in effects if isinstance(one, Grant) and one.request == request.id)
+        effects.remove(grant)
         return grant
 
     # Running
@@ -71,11 +82,12 @@ class Dispatcher:
         assert instance is not None  # noqa: S101 - only launches that can be routed to are in lanes
         self._grants += 1
         launch.start(request, self._grants, now, promoted=promoted)
-        request.lane.shelf.in_flight[request.ticket.cls] += 1
+        cls, shelf = request.ticket.cls, request.lane.shelf
+        shelf.in_flight[cls] += 1
         request.waited += now - request.since
-        if launch.revocable and request.ticket.cls == "realtime":
+        if launch.revocable and cls == "realtime":
             self.take_back(launch, now)
-        return Grant(request.id, instance, request.waited, promoted)
+        return Grant(request.id, instance, request.waited, promoted, shelf.name)
 
     def stop(self, request: Request, now: float) -> Launch:
         """``request`` gives its place back. What waits may run now: ``pump``."""
@@ -116,7 +128,7 @@ class Dispatcher:
         self.leave(request, now)
         grant = self.start(request, launch, now, promoted=promoted)
         launch.turns[request.ticket.cls].granted(request)
-        self.effects.append(grant)
+        self.outcome.effects.append(grant)
         return request
 
     # Taking back
@@ -147,7 +159,7 @@ class Dispatcher:
     def _revoke(self, request: Request) -> None:
         assert request.launch is not None  # noqa: S101 - only what runs is revocable
         request.launch.revoke(request)
-        self.effects.append(Revoke(request.id))
+        self.outcome.effects.append(Revoke(request.id))
 
 
 def _busyness(launch: Launch) -> tuple[int, int]:

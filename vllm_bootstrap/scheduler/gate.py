@@ -4,13 +4,16 @@ The asyncio shell around ``admission``: it brings the clock, the deadlines and t
 
 Invariant: every request that got in ends exactly once, by release, cancel, rejection or expiry; a cancelled task or a
 dropped connection leaves no trace. Waiters and holders are told from a fresh loop iteration, never from inside another
-request's ``release``. Must not know: HTTP, connections, processes. Everything happens on one event loop.
+request's ``release``. Must not know: HTTP, connections, processes. Everything happens on one event loop, whose clock is
+``monotonic``.
 """
 
 from __future__ import annotations
 
 import asyncio
+from asyncio import get_running_loop
 from collections.abc import Callable
+from time import monotonic
 
 from vllm_bootstrap.auth.types import Principal
 from vllm_bootstrap.errors import ApiError
@@ -21,13 +24,13 @@ from vllm_bootstrap.scheduler.ports import BatchBudget, BudgetReport, EngineSign
 from vllm_bootstrap.scheduler.tickets import (
     ByLaunch,
     ByModel,
-    GateEvent,
     Grant,
     Reject,
     Revoke,
     Target,
     Ticket,
     Usage,
+    Watcher,
 )
 from vllm_bootstrap.serving import Advert, Instance, LoadReport
 
@@ -39,7 +42,7 @@ _SOONEST_TICK_S = 0.002  # so that a budget which is due all the time does not k
 class Gate:
     """Queues and slots of all launches. ``max_queued`` requests may wait for one served model, their bodies having
     ``max_queued_bytes``, each for ``queue_timeout_s`` seconds unless it brings its own deadline. ``ended(id)`` and
-    ``budget(slots)``: see ``Admission``. ``on_event`` hears what happens to each request."""
+    ``budget(slots)``: see ``Admission``. ``watcher`` hears what happens to each request."""
 
     def __init__(
         self,
@@ -49,13 +52,14 @@ class Gate:
         queue_timeout_s: float = 300.0,
         ended: Callable[[str], bool] = lambda _id: False,
         budget: Callable[[int], BatchBudget] = default_budget,
-        on_event: Callable[[GateEvent], None] | None = None,
+        watcher: Watcher | None = None,
     ) -> None:
         self._admission = Admission(
             max_queued=max_queued, max_queued_bytes=max_queued_bytes, ended=ended, budget=budget
         )
         self._queue_timeout_s = queue_timeout_s
-        self._on_event = on_event
+        self._watcher = watcher
+        self._outcome, self._limits = self._admission.outcome, self._admission.limits
         self._pending: dict[int, Pending] = {}
         self._revocable: dict[int, Lease] = {}
         self._last_id = 0
@@ -68,14 +72,14 @@ class Gate:
 
     def update(self, advert: Advert) -> None:
         """A launch announced itself or changed. Waiting requests are granted or rejected accordingly."""
-        self._admission.update(advert, self._now())
+        self._admission.update(advert, monotonic())
         self._carry_out()
         if advert.instance is None:
             self._withdrawn(advert.launch_id)
 
     def forget(self, launch_id: str) -> None:
         """A launch was deleted. Idempotent."""
-        self._admission.forget(launch_id, self._now())
+        self._admission.forget(launch_id, monotonic())
         self._carry_out()
         self._withdrawn(launch_id)
 
@@ -90,7 +94,7 @@ class Gate:
     def unreachable(self, launch_id: str) -> None:
         """A connection to the engine was refused: it is not chosen any more until ``reachable`` or the announcement of
         another engine. Requests that only it could serve are rejected. Idempotent."""
-        instance = self._admission.eject(launch_id, self._now())
+        instance = self._admission.eject(launch_id, monotonic())
         self._carry_out()
         if instance is not None:
             for listener in self._ejection_listeners:
@@ -98,17 +102,17 @@ class Gate:
 
     def reachable(self, launch_id: str) -> None:
         """An ejected engine answers again. Idempotent."""
-        self._admission.readmit(launch_id, self._now())
+        self._admission.readmit(launch_id, monotonic())
         self._carry_out()
 
     def signals(self, launch_id: str, signals: EngineSignals) -> None:
         """What the engine's metrics say now."""
-        self._admission.signals(launch_id, signals, self._now())
+        self._admission.signals(launch_id, signals, monotonic())
         self._carry_out()
 
     def drain(self) -> None:
         """Refuse new requests and reject waiting ones with ``Draining``; running ones go on."""
-        self._admission.drain(self._now())
+        self._admission.drain(monotonic())
         self._carry_out()
 
     # What requests ask
@@ -116,20 +120,21 @@ class Gate:
     def request(self, target: Target, ticket: Ticket, deadline: float | None = None) -> Lease | Pending:
         """Ask without a task: a lease at once, or a ``Pending`` whose ``notify`` the caller sets before it returns to
         the loop. ``deadline`` is in loop time. Raises the refusal (see ``admission``)."""
-        self._last_id += 1
-        request_id = self._last_id
+        self._last_id = request_id = self._last_id + 1
+        now = monotonic()
         try:
-            grant = self._admission.request(request_id, target, ticket, self._now())
+            grant = self._admission.request(request_id, target, ticket, now)
         except ApiError as error:
             known = isinstance(target, ByModel) and self._admission.serves(target.name)
             self._rejected(ticket, target[0] if known else "", error)
             self._carry_out()
             raise
-        if grant is not None:
-            lease = self._lease(grant, ticket, deadline, self._queue_timeout_s)
+        if grant is None:
+            return self._wait(request_id, ticket, deadline, self._queue_timeout_s)
+        lease = self._lease(grant, ticket, deadline, self._queue_timeout_s)
+        if self._outcome.effects or self._outcome.batch_waiting:
             self._carry_out()
-            return lease
-        return self._wait(request_id, ticket, deadline, self._queue_timeout_s)
+        return lease
 
     async def acquire(self, target: Target, ticket: Ticket, deadline: float | None = None) -> Lease:
         """Wait for a place. ``deadline`` is in loop time, by default ``queue_timeout_s`` from now. Raises ``ApiError``.
@@ -137,7 +142,7 @@ class Gate:
         got = self.request(target, ticket, deadline)
         if isinstance(got, Lease):
             return got
-        outcome: asyncio.Future[Lease | ApiError] = asyncio.get_running_loop().create_future()
+        outcome: asyncio.Future[Lease | ApiError] = get_running_loop().create_future()
 
         def settle(result: Lease | ApiError) -> None:
             if not outcome.done():
@@ -172,38 +177,40 @@ class Gate:
 
     def budgets(self) -> dict[str, BudgetReport]:
         """The batch budgets of all routable launches by launch id."""
-        return self._admission.budgets(self._now())
+        return self._admission.budgets(monotonic())
 
     def adverts(self) -> list[Advert]:
         return self._admission.adverts()
 
     def rate(self, principal: Principal) -> RateState | None:
-        return self._admission.limits.rate(principal, self._now())
+        return self._limits.rate(principal, monotonic())
 
     # From leases, waiters and timers
 
     def began(self, request_id: int, *, streamed: bool) -> None:
         """``Lease.first_byte`` is the way to call this."""
         self._revocable.pop(request_id, None)
-        self._admission.began(request_id, self._now(), streamed=streamed)
-        self._carry_out()
+        self._admission.began(request_id, monotonic(), streamed=streamed)
+        if self._outcome.effects or self._outcome.batch_waiting:
+            self._carry_out()
 
     def settled(self, request_id: int, usage: Usage) -> None:
         """``Lease.settle`` is the way to call this."""
-        self._admission.settle(request_id, usage, self._now())
+        self._admission.settle(request_id, usage, monotonic())
 
     def finish(self, request_id: int, *, worked: bool) -> None:
         """A lease was released (``Lease.release`` is the way to call this)."""
         self._revocable.pop(request_id, None)
-        self._admission.done(request_id, self._now(), worked=worked)
-        self._carry_out()
+        self._admission.done(request_id, monotonic(), worked=worked)
+        if self._outcome.effects or self._outcome.batch_waiting:
+            self._carry_out()
 
     def again(self, request_id: int, lease: Lease) -> Lease | Pending:
         """``Lease.again`` is the way to call this."""
         self._revocable.pop(request_id, None)
         model = self._admission.model_of(request_id)
         try:
-            grant = self._admission.again(request_id, self._now())
+            grant = self._admission.again(request_id, monotonic())
         except ApiError as error:
             self._rejected(lease.ticket, model, error)
             self._carry_out()
@@ -218,16 +225,16 @@ class Gate:
         """A waiter went away (``Pending.cancel`` is the way to call this)."""
         if request_id in self._pending:
             self._take(request_id)
-            self._admission.cancel(request_id, self._now())
+            self._admission.cancel(request_id, monotonic())
             self._carry_out()
 
     def _expire(self, request_id: int) -> None:
-        self._admission.expire(request_id, self._now())
+        self._admission.expire(request_id, monotonic())
         self._carry_out()
 
     def _tick(self) -> None:
         self._tick_timer = None
-        self._admission.tick(self._now())
+        self._admission.tick(monotonic())
         self._carry_out()
 
     # Carrying out
@@ -236,23 +243,21 @@ class Gate:
         lease = Lease(self, grant, ticket, deadline, patience_s)
         if ticket.replayable and ticket.cls == "batch":
             self._revocable[grant.request] = lease
-        if self._on_event is not None:
-            model = self._admission.model_of(grant.request)
-            launch_id = grant.instance.launch_id
+        if self._watcher is not None:
             if grant.promoted:
-                self._on_event(GateEvent("promoted", ticket.cls, None, model, ticket.owner, launch_id, grant.waited_s))
-            self._on_event(GateEvent("admitted", ticket.cls, None, model, ticket.owner, launch_id, grant.waited_s))
+                self._watcher.promoted(ticket, grant)
+            self._watcher.admitted(ticket, grant)
         return lease
 
     def _rejected(self, ticket: Ticket, model: str, error: ApiError) -> None:
-        if self._on_event is not None:
-            self._on_event(GateEvent("rejected", ticket.cls, error.code, model, ticket.owner))
+        if self._watcher is not None:
+            self._watcher.rejected(ticket, model, error)
 
     def _wait(self, request_id: int, ticket: Ticket, deadline: float | None, patience_s: float) -> Pending:
-        due = self._now() + patience_s if deadline is None else deadline
+        due = monotonic() + patience_s if deadline is None else deadline
         pending = Pending(self, request_id, ticket, deadline, due, self._admission.model_of(request_id))
         self._pending[request_id] = pending
-        pending.timer = asyncio.get_running_loop().call_at(due, self._expire, request_id)
+        pending.timer = get_running_loop().call_at(due, self._expire, request_id)
         self._carry_out()
         return pending
 
@@ -261,11 +266,11 @@ class Gate:
         decide again."""
         effects = self._admission.take_effects()
         if effects:
-            loop = asyncio.get_running_loop()
+            loop = get_running_loop()
             for effect in effects:
                 if isinstance(effect, Grant):
                     pending = self._take(effect.request)
-                    left = pending.due - loop.time()
+                    left = pending.due - monotonic()
                     loop.call_soon(pending.resolve, self._lease(effect, pending.ticket, pending.deadline, left))
                 elif isinstance(effect, Reject):
                     pending = self._take(effect.request)
@@ -281,14 +286,14 @@ class Gate:
         if lease is None or not lease.may_be_revoked:
             self._admission.kept(effect.request)
             return
-        if self._on_event is not None:
-            ticket, model = lease.ticket, self._admission.model_of(effect.request)
-            self._on_event(GateEvent("revoked", ticket.cls, None, model, ticket.owner, lease.instance.launch_id))
+        if self._watcher is not None:
+            model = self._admission.model_of(effect.request)
+            self._watcher.revoked(lease.ticket, model, lease.instance.launch_id)
         lease.revoke()
 
     def _arm(self) -> None:
         """See that ``_tick`` comes when batch budgets change with time alone."""
-        now = self._now()
+        now = monotonic()
         due = self._admission.next_change(now)
         if due is None:
             return
@@ -298,7 +303,7 @@ class Gate:
                 return
             self._tick_timer.cancel()
         self._tick_at = due
-        self._tick_timer = asyncio.get_running_loop().call_at(due, self._tick)
+        self._tick_timer = get_running_loop().call_at(due, self._tick)
 
     def _take(self, request_id: int) -> Pending:
         pending = self._pending.pop(request_id)
@@ -309,7 +314,3 @@ class Gate:
     def _withdrawn(self, launch_id: str) -> None:
         for listener in self._listeners:
             listener(launch_id)
-
-    @staticmethod
-    def _now() -> float:
-        return asyncio.get_running_loop().time()

@@ -53,13 +53,16 @@ class Lease:
     def first_byte(self, *, streamed: bool = True) -> None:
         """The answer has begun: it is not taken back any more. ``streamed`` False: the answer came whole at the end, so
         that this moment says nothing about the time to a first token. Cheap and idempotent."""
-        if not self._began and self._gate is not None:
-            self._began = True
+        if self._began or self._gate is None:
+            return
+        self._began = True
+        if streamed or self.ticket.cls == "batch":  # realtime is never taken back
             self._gate.began(self._id, streamed=streamed)
 
     def settle(self, usage: Usage) -> None:
         """What the engine says it used, before ``release``. The last call counts."""
-        if self._gate is not None:
+        principal = self.ticket.principal
+        if principal is not None and principal.tokens_per_minute is not None and self._gate is not None:
             self._gate.settled(self._id, usage)
 
     def release(self, *, worked: bool = True) -> None:

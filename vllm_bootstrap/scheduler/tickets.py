@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from vllm_bootstrap.auth.types import Principal
 from vllm_bootstrap.errors import ApiError
@@ -51,13 +52,16 @@ class Usage(NamedTuple):
     cached_tokens: int = 0
 
 
-class Grant(NamedTuple):
-    """``waited_s``: all its time in the queue. ``promoted``: a batch request that went ahead for its floor's sake."""
+@dataclass(slots=True)
+class Grant:
+    """``waited_s``: all its time in the queue. ``promoted``: a batch request that went ahead for its floor's sake.
+    ``model`` is the served model it counts under."""
 
     request: int
     instance: Instance
     waited_s: float
-    promoted: bool = False
+    promoted: bool
+    model: str
 
 
 class Reject(NamedTuple):
@@ -74,15 +78,15 @@ class Revoke(NamedTuple):
 Effect = Grant | Reject | Revoke
 
 
-class GateEvent(NamedTuple):
-    """What happened to one request, for those who count. ``code`` is that of a refusal. ``model`` is the served model
-    it counts under, empty where nothing of that name is served (so that strangers cannot invent names). A promoted
-    request is told twice: promoted, then admitted; one that comes again after a revocation is admitted again."""
+class Watcher(Protocol):
+    """Who counts what happens to requests. ``model`` is the served model one counts under, empty where nothing of that
+    name is served (so that strangers cannot invent names). A promoted request is told twice: promoted, then admitted;
+    one that comes again after a revocation is admitted again."""
 
-    kind: Literal["admitted", "rejected", "revoked", "promoted"]
-    cls: RequestClass
-    code: str | None = None
-    model: str = ""
-    owner: str = ""
-    launch_id: str | None = None
-    waited_s: float = 0.0
+    def admitted(self, ticket: Ticket, grant: Grant) -> None: ...
+
+    def promoted(self, ticket: Ticket, grant: Grant) -> None: ...
+
+    def rejected(self, ticket: Ticket, model: str, error: ApiError) -> None: ...
+
+    def revoked(self, ticket: Ticket, model: str, launch_id: str) -> None: ...

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -12,7 +12,7 @@ from vllm_bootstrap.auth.types import Principal
 from vllm_bootstrap.errors import ApiError, ConcurrencyLimit, Draining, LaunchNotReady, QueueFull, Unavailable
 from vllm_bootstrap.scheduler.gate import ByLaunch, ByModel, Gate, Lease, Pending, Ticket
 from vllm_bootstrap.scheduler.ports import EngineSignals
-from vllm_bootstrap.scheduler.tickets import GateEvent, Usage
+from vllm_bootstrap.scheduler.tickets import Grant, Usage, Watcher
 from vllm_bootstrap.serving import Advert, Endpoint, Instance
 
 ME = Ticket("me")
@@ -275,18 +275,45 @@ class Holder:
         self.take(lease.again("revoked"))
 
 
-def by_hand(**options: Any) -> tuple[Gate, list[HandBudget], list[GateEvent]]:
+class Event(NamedTuple):
+    kind: str
+    cls: str
+    model: str
+    launch_id: str | None = None
+    code: str | None = None
+
+
+class Notes(Watcher):
+    """Writes down what happens to requests."""
+
+    def __init__(self, events: list[Event]) -> None:
+        self.events = events
+
+    def admitted(self, ticket: Ticket, grant: Grant) -> None:
+        self.events.append(Event("admitted", ticket.cls, grant.model, grant.instance.launch_id))
+
+    def promoted(self, ticket: Ticket, grant: Grant) -> None:
+        self.events.append(Event("promoted", ticket.cls, grant.model, grant.instance.launch_id))
+
+    def rejected(self, ticket: Ticket, model: str, error: ApiError) -> None:
+        self.events.append(Event("rejected", ticket.cls, model, code=error.code))
+
+    def revoked(self, ticket: Ticket, model: str, launch_id: str) -> None:
+        self.events.append(Event("revoked", ticket.cls, model, launch_id))
+
+
+def by_hand(**options: Any) -> tuple[Gate, list[HandBudget], list[Event]]:
     budgets: list[HandBudget] = []
-    events: list[GateEvent] = []
+    events: list[Event] = []
 
     def make(slots: int) -> HandBudget:
         budgets.append(HandBudget(slots))
         return budgets[-1]
 
-    return Gate(budget=make, on_event=events.append, **options), budgets, events
+    return Gate(budget=make, watcher=Notes(events), **options), budgets, events
 
 
-def kinds(events: list[GateEvent]) -> list[tuple[str, str]]:
+def kinds(events: list[Event]) -> list[tuple[str, str]]:
     return [(event.kind, event.cls) for event in events]
 
 
