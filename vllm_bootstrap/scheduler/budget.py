@@ -93,16 +93,16 @@ class Budget(BatchBudget):
         if now >= self._listen_again and not self._cap.knows(now):
             # Not again, unless a first byte shows that realtime has any to time.
             self._listen_until, self._listen_again = now + LISTEN_S, math.inf
-        self._seen(now)
+        self._active_until = max(self._active_until, now + self._hold_s)
 
     def realtime_granted(self, sequences: int, prompt_tokens: int, now: float) -> None:  # noqa: ARG002
         self._realtime += sequences
         if self._cap.baseline_s is not None:
             self._pacing.realtime(self._cap.baseline_s, now)
-        self._seen(now)
+        self._active_until = max(self._active_until, now + self._hold_s)
 
     def realtime_began(self, ttft_s: float, now: float) -> None:
-        self._seen(now)
+        self._active_until = max(self._active_until, now + self._hold_s)
         self._listen_again = min(self._listen_again, now + LISTEN_EVERY_S)
         if self._batch:
             self._cap.beside(ttft_s, self._batch, self._top, now)
@@ -112,9 +112,6 @@ class Budget(BatchBudget):
 
     def realtime_ended(self, sequences: int, now: float) -> None:
         self._realtime = max(0, self._realtime - sequences)
-        self._seen(now)
-
-    def _seen(self, now: float) -> None:
         self._active_until = max(self._active_until, now + self._hold_s)
 
     def _active(self, now: float) -> bool:
