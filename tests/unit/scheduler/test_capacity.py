@@ -139,6 +139,16 @@ def test_d_realtime_that_waits_takes_the_youngest_batch_back() -> None:
     assert desk.order() == [older, realtime, younger]
 
 
+def test_d_an_answer_that_shrinks_the_budget_takes_batch_back() -> None:
+    desk = Desk(launch(slots=3))
+    older, younger, realtime = batch(desk, replayable=True), batch(desk, replayable=True), desk.ask()
+    desk.budgets[0].too_many = 1
+    desk.begin(realtime)
+    assert desk.revoked == [younger]
+    desk.begin(older)
+    assert desk.revoked == [younger]
+
+
 def test_d_not_more_is_taken_back_than_is_needed() -> None:
     desk = Desk(launch(slots=4))
     running = [batch(desk, replayable=True) for _ in range(4)]
