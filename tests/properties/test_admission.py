@@ -377,6 +377,7 @@ class AdmissionMachine(RuleBasedStateMachine):
             one = self.running.pop(data.draw(st.sampled_from(able)))
             pool = [launch for launch in LAUNCHES if self.may_run(launch, one.target, one.ticket)]
             one.returning = False
+            self.forgotten.discard(one.id)
             try:
                 grant = self.admission.again(one.id, self.now)
             except ApiError:
