@@ -410,3 +410,17 @@ def test_a_launch_without_a_served_name() -> None:
     assert isinstance(desk.refusal(), ModelNotFound)
     desk.done(first)
     assert desk.order() == [second]
+
+
+def test_batch_that_waits_is_known_until_it_waits_no_more() -> None:
+    desk = Desk(launch(slots=1))
+    running = desk.ask()
+    desk.ask()
+    _, second, third = (desk.ask(cls="batch") for _ in range(3))
+    assert desk.admission.batch_waiting == 3
+    desk.cancel(second)
+    desk.expire(third)
+    assert desk.admission.batch_waiting == 1
+    desk.done(running)
+    desk.done(desk.order()[0])
+    assert desk.admission.batch_waiting == 0
