@@ -23,7 +23,6 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, M
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 
-from vllm_bootstrap.gateway.limits import RequestRecord
 from vllm_bootstrap.launches.types import EventView
 from vllm_bootstrap.tallies import SHORT_S, ClassTally, Spread, Traffic
 
@@ -78,6 +77,7 @@ class Metrics:
 
     def _declare_data_plane(self) -> None:
         self.traffic = Traffic()
+        self.data_plane_request = self.traffic.finished  # counts one finished request
         self.queue_depth = self._gauge("queue_depth", "Requests waiting for a slot.", "class")
         self.queue_oldest = self._gauge("queue_oldest_seconds", "How long the oldest waiting request waits.", "class")
         self.in_flight = self._gauge("in_flight_requests", "Requests an engine is working on.", "class")
@@ -106,9 +106,6 @@ class Metrics:
         self._note(name, "histogram", labels, help_text)
         return Histogram(name, help_text, labels, namespace=PREFIX, registry=self.registry, buckets=buckets)
 
-    def data_plane_request(self, record: RequestRecord) -> None:
-        """Count one finished request of the data plane."""
-        self.traffic.finished(record)
 
     def launch_event(self, event: EventView) -> None:
         """Count what one history row of a launch tells."""

@@ -42,12 +42,17 @@ class AccessLog:
             self._timer = None
         waiting, self._waiting = self._waiting, []
         if waiting and _log.isEnabledFor(logging.INFO):
-            write_lines(_log, [(one.started_at + one.duration_s, _line(one)) for one in waiting])
+            write_lines(_log, _lines(waiting))
 
 
-def _line(record: RequestRecord) -> str:
-    status = f"{record.status} {record.code}" if record.code else record.status
-    return (
-        f"{record.request_id} {record.method} {record.path} -> {status} in {record.duration_s:.3f} s, "
-        f"owner {record.owner}, launch {record.launch_id or '-'}"
-    )
+def _lines(records: list[RequestRecord]) -> list[tuple[float, str]]:
+    """Each with the time it is about."""
+    found = []
+    for one in records:
+        code = f" {one.code}" if one.code else ""
+        line = (
+            f"{one.request_id} {one.method} {one.path} -> {one.status}{code} in {one.duration_s:.3f} s, "
+            f"owner {one.owner}, launch {one.launch_id or '-'}"
+        )
+        found.append((one.started_at + one.duration_s, line))
+    return found

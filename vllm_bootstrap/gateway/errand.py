@@ -6,7 +6,7 @@ is the whole request or ``sent_all`` says that it is not. Must not know: queues,
 
 from __future__ import annotations
 
-import asyncio
+import time
 from typing import Protocol
 
 from vllm_bootstrap.errors import ApiError
@@ -35,28 +35,28 @@ class Sender(Receiver, Protocol):
 
 
 class Errand:
-    """``outgoing`` is kept until ``forget``, so that it can be sent again. ``sent_all``: nothing of it is missing."""
+    """``outgoing`` is kept until its owner takes it, to be sent again. ``sent_all``: all of it is written.
+    ``dial`` and ``sending`` are what is under way."""
 
-    __slots__ = ("_dial", "_gateway", "_head", "_loop", "_sender", "_sending", "outgoing", "sent_all", "upgrade")
+    dial: Dial | None = None
+    sending: transfer.Sending | None = None
+    outgoing: Outgoing | None = None
+    upgrade = False
+    sent_all = True
 
     def __init__(self, gateway: Gateway, sender: Sender, head: Head) -> None:
         self._gateway, self._sender, self._head = gateway, sender, head
-        self._loop = asyncio.get_running_loop()
-        self._dial: Dial | None = None
-        self._sending: transfer.Sending | None = None
-        self.outgoing: Outgoing | None = None
-        self.upgrade = False
-        self.sent_all = True
 
     def go(self, instance: Instance, outgoing: Outgoing, *, upgrade: bool) -> None:
         """Send ``outgoing``. ``upgrade``: it is a handshake."""
         self.outgoing, self.upgrade = outgoing, upgrade
         pool = self._gateway.pool(instance)
-        connection = pool.take(self._loop.time())
+        now = time.monotonic()  # the loop's clock, but for what passed in this iteration
+        connection = pool.take(now)
         if connection is None:
             self._connect(pool)
         else:
-            self._send(connection)
+            self._send(connection, now)
 
     def again(self, instance: Instance) -> None:
         """Send it once more, on a new connection."""
@@ -64,10 +64,10 @@ class Errand:
         self._connect(self._gateway.pool(instance))
 
     def _connect(self, pool: Pool) -> None:
-        self._dial = pool.dial(self._connected)
+        self.dial = pool.dial(self._connected)
 
     def _connected(self, outcome: UpstreamConnection | ApiError) -> None:
-        self._dial = None
+        self.dial = None
         if isinstance(outcome, ApiError):
             self._sender.on_unreachable(outcome)
         else:
@@ -76,14 +76,13 @@ class Errand:
     def _resume(self, connection: UpstreamConnection) -> None:
         """Send, called by the loop and not from a step of the request."""
         try:
-            self._send(connection)
+            self._send(connection, time.monotonic())
         except Exception:  # noqa: BLE001 - a mistake must not leave a client waiting
             self._sender.on_crash()
 
-    def _send(self, connection: UpstreamConnection) -> None:
+    def _send(self, connection: UpstreamConnection, now: float) -> None:
         outgoing, head = self.outgoing, self._head
         assert outgoing is not None  # noqa: S101 - kept until an answer begins
-        now = self._loop.time()
         self._sender.on_sending(connection, now)
         body = outgoing.body or b""
         first = outgoing.head + body if len(body) <= _JOINED_BYTES else outgoing.head
@@ -92,28 +91,24 @@ class Errand:
             connection.write(body)
         if outgoing.upload is not None:
             self.sent_all = False
-            self._sending = transfer.Sending(outgoing.upload, connection, self._sent)
+            self.sending = transfer.Sending(outgoing.upload, connection, self._sent)
 
     def _sent(self, problem: ApiError | None) -> None:
-        self._sending = None
+        self.sending = None
         self.sent_all = problem is None
         if problem is not None:
             self._sender.fail(problem)
 
     def on_writable(self) -> None:
         """The engine has taken most of what was written."""
-        if self._sending is not None:
-            self._sending.on_writable()
+        if self.sending is not None:
+            self.sending.on_writable()
 
     def cancel(self) -> None:
         """Stop connecting and sending. Idempotent."""
-        if self._dial is not None:
-            self._dial.cancel()
-            self._dial = None
-        if self._sending is not None:
-            self._sending.cancel()
-            self._sending = None
-
-    def forget(self) -> None:
-        """It is not sent again."""
-        self.outgoing = None
+        if self.dial is not None:
+            self.dial.cancel()
+            self.dial = None
+        if self.sending is not None:
+            self.sending.cancel()
+            self.sending = None

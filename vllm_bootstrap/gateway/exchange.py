@@ -58,6 +58,8 @@ class Exchange(Mishaps):
     _connection: UpstreamConnection | None = None
     _tunnel: websocket.Tunnel | None = None
     _keeps_response = False
+    _holds_body = True
+    _brought = 0  # bytes of the answer when its deadline was last looked at
 
     def __init__(
         self, gateway: Gateway, client: Client, head: Head, target: targets.ToModel | targets.ToLaunch
@@ -182,7 +184,7 @@ class Exchange(Mishaps):
         entry, reading, journey = self._entry, self._reading, self._journey
         assert entry is not None  # noqa: S101
         assert reading is not None  # noqa: S101
-        journey.granted(instance)
+        journey.instance, journey.granted_at = instance, time.monotonic()
         cls = journey.ticket.cls if journey.ticket is not None else None
         outgoing = render(self._head, entry, reading.intake, instance, cls, journey.id)
         self._stage = CONNECTING
@@ -212,7 +214,7 @@ class Exchange(Mishaps):
             if connection.status == 101:
                 self._open_tunnel(connection)
                 return
-            if self._may_be_revoked(connection):
+            if not (connection.parts or connection.complete) and self._may_be_revoked(connection):
                 return
             lead = self._begin(connection)
         if not self._began and connection.parts:
@@ -220,22 +222,24 @@ class Exchange(Mishaps):
         self._relay.deliver(connection, lead)
         if connection.complete:
             self._complete(connection)
+        elif self._began:  # what follows need not come by here
+            connection.flow = self._relay.flow()
 
     def _may_be_revoked(self, connection: UpstreamConnection) -> bool:
         """Engines send a stream's head at once and its first token when they get to it. Until then the place can be
         taken back without the client seeing anything, if the head waits here."""
         ticket = self._journey.ticket
-        waits = ticket is not None and ticket.replayable and connection.status == 200
-        return waits and not connection.parts and not connection.complete
+        return ticket is not None and ticket.replayable and connection.status == 200
 
     def _begin(self, connection: UpstreamConnection) -> bytes:
         """The answer begins: from here on nothing is sent again, and nothing need be kept for it."""
         self._stage = RELAYING
         self._deadline = self._loop.time() + self._gateway.limits.upstream_idle_timeout_s
-        outgoing = self._errand.outgoing
+        errand = self._errand
+        outgoing, errand.outgoing = errand.outgoing, None
         drops_usage = outgoing is not None and outgoing.adds_usage
-        self._errand.forget()
-        if self._errand.sent_all and self._reading is not None:
+        if errand.sent_all and self._reading is not None:
+            self._holds_body = False
             self._reading.drop()
         on_id = self._remember if self._keeps_response else None
         relay, journey = self._relay, self._journey
@@ -254,10 +258,12 @@ class Exchange(Mishaps):
         if journey.instance is not None and journey.owner is not None:
             self._gateway.responses.remember(response_id, journey.instance.launch_id, journey.owner)
 
-    def _own_headers(self) -> Headers:
+    def _own_headers(self) -> bytes:
         journey = self._journey
         launch_id = journey.instance.launch_id if journey.instance is not None else ""
-        return headers.own_headers(self.request_id, launch_id, journey.queue_ms) + self._rate_headers()
+        own = headers.own_headers(self.request_id, launch_id, journey.queue_ms)
+        rate = self._rate_headers()
+        return own + headers.lines(rate) if rate else own
 
     def _rate_headers(self) -> Headers:
         principal = self._entry.principal if self._entry is not None else known_key(self._gateway, self._head)
@@ -293,7 +299,7 @@ class Exchange(Mishaps):
             return
         self._stage = TUNNEL
         self._first_byte()
-        self._errand.forget()
+        self._errand.outgoing = None
         lead = headers.handshake_to_client(connection.headers, self._own_headers())
         self._tunnel = websocket.Tunnel(self._client, connection, self._tunnel_over)
         self._tunnel.open(lead)
@@ -326,8 +332,9 @@ class Exchange(Mishaps):
         if self._stage is WAITING and now >= self._deadline:
             self.fail(UpstreamTimeout("The engine did not answer in time"))
         elif self._stage is RELAYING:
-            if self._active or self._client.write_paused:
-                self._active = False
+            brought = self._relay.bytes_out
+            if self._active or self._client.write_paused or brought != self._brought:
+                self._active, self._brought = False, brought
                 self._deadline = now + self._gateway.limits.upstream_idle_timeout_s
             elif now >= self._deadline:
                 self.fail(UpstreamTimeout("The engine sent nothing for too long"))
@@ -379,19 +386,24 @@ class Exchange(Mishaps):
             self._client.answer_error(error, self.request_id, self._rate_headers())
 
     def _end(self, status: int, code: str | None) -> None:
-        journey, reading, tunnel = self._journey, self._reading, self._tunnel
-        worked = self._stage >= WAITING and not (self._relay.begun and self._relay.status >= 400)
+        journey, reading, relay, errand, tunnel = self._journey, self._reading, self._relay, self._errand, self._tunnel
+        worked = self._stage >= WAITING and not (relay.begun and relay.status >= 400)
         self._stage = OVER
         self._connection = None
-        self._errand.cancel()
-        self._errand.forget()
-        self._place.leave(journey.spent(), worked=worked)
+        errand.outgoing = None
+        if errand.dial is not None or errand.sending is not None:
+            errand.cancel()
+        spent = journey.spent()
+        self._place.leave(spent, worked=worked)
         if journey.id:
             self._gateway.inflight.remove(journey.id)
         if reading is not None:
             journey.bytes_in = reading.bytes_in
             reading.stop()
-            reading.drop()
-        in_tunnel, out_tunnel = (tunnel.bytes_in, tunnel.bytes_out) if tunnel is not None else (0, 0)
-        bytes_out = self._relay.bytes_out + out_tunnel
-        self._gateway.record(journey.record(status, code, more_in=in_tunnel, bytes_out=bytes_out))
+            if self._holds_body:
+                reading.drop()
+        bytes_out = relay.bytes_out
+        if tunnel is not None:
+            journey.bytes_in += tunnel.bytes_in
+            bytes_out += tunnel.bytes_out
+        self._gateway.record(journey.record(status, code, spent, bytes_out))

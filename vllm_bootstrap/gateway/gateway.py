@@ -110,7 +110,7 @@ class Gateway:
     def pool(self, instance: Instance) -> Pool:
         """The connections of one instance. A launch that came back elsewhere gets a new pool."""
         pool = self._pools.get(instance.launch_id)
-        if pool is not None and pool.endpoint == instance.endpoint:
+        if pool is not None and (pool.endpoint is instance.endpoint or pool.endpoint == instance.endpoint):
             return pool
         if pool is not None:
             pool.close()

@@ -44,6 +44,10 @@ _NOT_TO_CLIENT = HOP_BY_HOP | {
 _NOT_TO_CLIENT_PREFIXES = (b"access-control-", b"x-ratelimit-")
 _NOT_IN_TRAILERS = _NOT_TO_CLIENT | {b"content-type", b"content-encoding", b"content-range", b"host", b"authorization"}
 
+MOST_KEPT_HEADS = 256
+MOST_KEPT_BYTES = 2048
+"""Of one head of an engine's answer: together these bound what remembering them costs."""
+
 _NOTHING: frozenset[bytes] = frozenset()
 _PRIORITY: dict[RequestClass, int] = {"realtime": 0, "batch": 100}
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
@@ -151,36 +155,71 @@ def _may_pass(name: bytes) -> bool:
     return plain not in _NOT_TO_ENGINE and not plain.startswith(_NOT_TO_ENGINE_PREFIXES)
 
 
-def own_headers(request_id: str, launch_id: str, queue_ms: int) -> Headers:
-    """What every relayed answer says about its way here."""
-    return [
-        (b"x-request-id", request_id.encode("ascii")),
-        (b"x-launch-id", launch_id.encode("ascii")),
-        (b"x-queue-ms", b"%d" % queue_ms),
-    ]
+def own_headers(request_id: str, launch_id: str, queue_ms: int) -> bytes:
+    """What every relayed answer says about its way here, as lines."""
+    return b"x-request-id: %b\r\nx-launch-id: %b\r\nx-queue-ms: %d\r\n" % (
+        request_id.encode("ascii"), launch_id.encode("ascii"), queue_ms,
+    )  # fmt: skip
 
 
-def to_client(
-    status: int, headers: Headers, framing: bytes, own: Iterable[tuple[bytes, bytes]], *, close: bool
-) -> bytes:
-    """The head of an engine's answer as the client gets it. ``framing`` is a finished header line or empty."""
-    out = [STATUS_LINES[status]]
-    dropped = connection_options(headers)
-    for name, value in headers:
-        lower = name.lower()
-        if lower not in _NOT_TO_CLIENT and lower not in dropped and not lower.startswith(_NOT_TO_CLIENT_PREFIXES):
-            out += (name, b": ", value, b"\r\n")
-    for name, value in own:
-        out += (name, b": ", value, b"\r\n")
-    out.append(framing)
-    out.append(b"connection: close\r\n\r\n" if close else b"\r\n")
-    return b"".join(out)
+def lines(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Headers as lines of a head."""
+    return b"".join(map(b"%b: %b\r\n".__mod__, headers))
 
 
-def handshake_to_client(headers: Headers, own: Iterable[tuple[bytes, bytes]]) -> bytes:
+class AnswerHead:
+    """What an engine's head comes to. ``lines``: status line and headers as the client gets them. ``codings``: transfer
+    codings in lower case. ``kind``: content type in lower case, empty for one that is compressed, because nothing can
+    be read from such a body or added to it."""
+
+    __slots__ = ("codings", "drops_date", "is_events", "kind", "lines")
+
+    def __init__(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        out = [STATUS_LINES[status]]
+        dropped = connection_options(headers)
+        self.codings: list[bytes] = []
+        kind, plain = b"", True
+        for name, value in headers:
+            lower = name.lower()
+            if lower == b"content-type":
+                kind = value.lower()
+            elif lower == b"content-encoding":
+                plain = value.lower() == b"identity"
+            elif lower == b"transfer-encoding":
+                self.codings.append(value.strip().lower())
+            if lower not in _NOT_TO_CLIENT and lower not in dropped and not lower.startswith(_NOT_TO_CLIENT_PREFIXES):
+                out += (name, b": ", value, b"\r\n")
+        self.lines = b"".join(out)
+        self.drops_date = b"date" in dropped
+        self.kind = kind.partition(b";")[0].strip() if plain else b""
+        self.is_events = plain and kind.startswith(b"text/event-stream")
+
+
+_heads: dict[tuple[int, tuple[tuple[bytes, bytes], ...]], AnswerHead] = {}
+
+
+def answer_head(status: int, headers: Headers) -> AnswerHead:
+    """The same for an engine's next answer: but for what is in their own fields (``content-length``, ``date``), its
+    heads repeat byte for byte. What is too long or too varied to come again is not kept for long."""
+    key = status, tuple(headers)
+    head = _heads.get(key)
+    if head is None:
+        head = AnswerHead(status, headers)
+        if len(head.lines) <= MOST_KEPT_BYTES:
+            if len(_heads) >= MOST_KEPT_HEADS:
+                del _heads[next(iter(_heads))]
+            _heads[key] = head
+    return head
+
+
+def to_client(head: AnswerHead, own: bytes, *, close: bool) -> bytes:
+    """The head of an engine's answer as the client gets it. ``own``: finished header lines, of the framing too."""
+    return b"%b%b%b" % (head.lines, own, b"connection: close\r\n\r\n" if close else b"\r\n")
+
+
+def handshake_to_client(headers: Headers, own: bytes) -> bytes:
     """The 101 answer of an engine as the client gets it."""
-    framing = b"connection: Upgrade\r\nupgrade: websocket\r\n"
-    return to_client(101, headers, framing, own, close=False)
+    return b"%b%bconnection: Upgrade\r\nupgrade: websocket\r\n\r\n" % (AnswerHead(101, headers).lines, own)
 
 
 def trailers_to_client(trailers: Headers) -> bytes:
@@ -206,7 +245,7 @@ def error_answer(
         out.append(f"{key}: {value}\r\n".encode("latin-1"))
     if request_id is not None:
         out.append(b"x-request-id: %b\r\n" % request_id.encode("ascii"))
-    out += [b"%b: %b\r\n" % header for header in own]
+    out.append(lines(own))
     out.append(b"x-api-version: v1\r\n")
     out.append(b"connection: close\r\n\r\n" if close else b"\r\n")
     if body:

@@ -39,20 +39,12 @@ class Journey:
         self._head = head
         self._started_at = time.monotonic()
 
-    def granted(self, instance: Instance) -> None:
-        self.instance, self.granted_at = instance, time.monotonic()
-
-    @property
-    def usage(self) -> Usage | None:
-        """What the engine said it used, so far."""
-        return None if self.tap is None else self.tap.usage
-
     def spent(self) -> Usage | None:
         """What to account for: the engine's word, else, of a stream that was cut, what it has brought."""
-        usage, ticket = self.usage, self.ticket
-        if usage is not None or ticket is None or not self.stream or self.tap is None or not self.tap.tokens:
-            return usage
-        return Usage(ticket.prompt_tokens, self.tap.tokens)
+        tap, ticket = self.tap, self.ticket
+        if tap is None or tap.usage is not None or ticket is None or not self.stream or not tap.tokens:
+            return None if tap is None else tap.usage
+        return Usage(ticket.prompt_tokens, tap.tokens)
 
     def info(self, state: State) -> RequestInfo:
         ticket, tap, instance = self.ticket, self.tap, self.instance
@@ -73,17 +65,18 @@ class Journey:
             self.stream,
         )
 
-    def record(self, status: int, code: str | None, *, more_in: int, bytes_out: int) -> RequestRecord:
-        """The end. ``more_in``: bytes from the client beyond its body."""
+    def record(self, status: int, code: str | None, spent: Usage | None, bytes_out: int) -> RequestRecord:
+        """The end. ``spent`` is what ``spent()`` says."""
         now = time.monotonic()
         duration = now - self._started_at
-        instance, ticket, began = self.instance, self.ticket, self.first_byte_at
-        usage, spent = self.usage, self.spent()
+        head, instance, ticket, began = self._head, self.instance, self.ticket, self.first_byte_at
+        usage = None if self.tap is None else self.tap.usage
         made = spent.completion_tokens if spent is not None else None
-        return RequestRecord(
+        # As RequestRecord(…), without a call in between.
+        return tuple.__new__(RequestRecord, (
             self.request_id,
-            self._head.method,
-            self._head.path,
+            head.method,
+            head.path,
             status,
             code,
             self.owner,
@@ -94,13 +87,13 @@ class Journey:
             time.time() - duration,
             duration,
             None if began is None else began - self.granted_at,
-            self.bytes_in + more_in,
+            self.bytes_in,
             bytes_out,
             usage.prompt_tokens if usage is not None else None,
             made,
-            self._between_tokens(made, now) if began is not None else None,
+            self._between_tokens(made, now) if began is not None and made is not None else None,
             self.stream,
-        )
+        ))  # fmt: skip
 
     def _waited_ms(self, now: float) -> int:
         """All its time in the queue so far, that before it was taken back included."""
@@ -115,9 +108,9 @@ class Journey:
         by_name = self._head.path.startswith("/v1/")
         return self.model if by_name and self.ticket is not None and code not in NOT_SERVED else None
 
-    def _between_tokens(self, made: int | None, now: float) -> float | None:
+    def _between_tokens(self, made: int, now: float) -> float | None:
         """Mean time between two tokens of one sequence of a stream."""
-        if not self.stream or made is None or self.first_byte_at is None or self.ticket is None:
+        if not self.stream or self.first_byte_at is None or self.ticket is None:
             return None
         steps = made / self.ticket.sequences - 1
         return (now - self.first_byte_at) / steps if steps > 0 else None

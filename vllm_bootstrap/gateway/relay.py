@@ -9,6 +9,7 @@ Must not know: keys, queues, pools.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol
 
 from vllm_bootstrap.errors import ApiError
@@ -18,6 +19,7 @@ from vllm_bootstrap.gateway.upstream import UpstreamConnection
 from vllm_bootstrap.gateway.usage import OnId, Tap, make_tap
 
 _NO_BODY = (204, 304)
+_CHUNKED = b"transfer-encoding: chunked\r\n"
 
 
 class Client(Protocol):
@@ -63,96 +65,110 @@ class ByteSink(Protocol):
 
 
 class Relay:
-    """Writes one answer. ``begin`` once, then ``deliver`` until the answer is complete, or ``fail``."""
+    """Writes one answer. ``begin`` once, then ``deliver`` until the answer is complete, or ``fail``. What
+    comes in between may go to ``flow()`` piece by piece."""
 
-    __slots__ = ("_anthropic", "_client", "_head", "_last", "_mode", "begun", "bytes_out", "is_events", "status", "tap")
+    _connection: UpstreamConnection
+    _mode = ""
+    _last = b""
+    begun = is_events = False
+    status = bytes_out = 0
+    tap: Tap | None = None
 
     def __init__(self, client: Client, head: Head) -> None:
         self._client = client
         self._head = head
-        self._mode = ""
-        self.is_events = False
-        self.tap: Tap | None = None
-        self._last = b""
-        self._anthropic = head.path.endswith("/v1/messages")
-        self.begun = False
-        self.status = 0
-        self.bytes_out = 0
 
     def begin(
-        self, connection: UpstreamConnection, own: Headers, *, drops_usage: bool = False, on_id: OnId | None = None
+        self, connection: UpstreamConnection, own: bytes, *, drops_usage: bool = False, on_id: OnId | None = None
     ) -> bytes:
-        """The head of the answer, to be written together with its first bytes. The rest is for ``make_tap``."""
+        """The head of the answer, to be written together with its first bytes. ``own``: header lines of ours. The rest
+        is for ``make_tap``."""
+        head, answer = self._head, connection.answer
         self.begun = True
-        self.status = connection.status
-        self._look_at(connection, drops_usage=drops_usage, on_id=on_id)
-        close = self._client.closes_after_answer() or self._mode == "close"
-        if self.is_events:
-            own = [*own, (b"x-accel-buffering", b"no")]
-        return headers.to_client(connection.status, connection.headers, self._framing(connection), own, close=close)
-
-    def _look_at(self, connection: UpstreamConnection, *, drops_usage: bool, on_id: OnId | None) -> None:
-        plain, kind = True, b""
-        for name, value in connection.headers:
-            lower = name.lower()
-            if lower == b"content-type":
-                kind = value.lower()
-            elif lower == b"content-encoding":
-                plain = value.lower() == b"identity"
-        # Nothing readable can be added to a compressed stream, or read from it.
-        self.is_events = plain and kind.startswith(b"text/event-stream")
-        if self._head.method == "HEAD" or connection.status in _NO_BODY:
+        self.status = status = connection.status
+        self._connection = connection
+        self.is_events = is_events = answer.is_events
+        if head.method == "HEAD" or status in _NO_BODY:
             self._mode = "none"
-        elif connection.content_length is not None and not (self.is_events and drops_usage):
+        elif connection.content_length is not None and not (is_events and drops_usage):
             self._mode = "length"
         else:
-            self._mode = "chunked" if self._head.minor_version else "close"
-        if plain and connection.status == 200 and self._mode != "none":
-            self.tap = make_tap(self._head.path, kind, drops_usage=drops_usage, on_id=on_id)
+            self._mode = "chunked" if head.minor_version else "close"
+        if status == 200 and answer.kind and self._mode != "none":
+            self.tap = make_tap(head.path, answer.kind, drops_usage=drops_usage, on_id=on_id)
+        if connection.date is not None and not answer.drops_date:
+            own += b"date: %b\r\n" % connection.date
+        if is_events:
+            own += b"x-accel-buffering: no\r\n"
+        if self._mode == "length":
+            own += b"content-length: %b\r\n" % connection.content_length
+        elif self._mode == "chunked":
+            own += _CHUNKED
+        elif self._mode == "none":
+            own += self._framing_of_nothing(connection)
+        close = self._client.closes_after_answer() or self._mode == "close"
+        return headers.to_client(answer, own, close=close)
 
-    def _framing(self, connection: UpstreamConnection) -> bytes:
-        length = connection.content_length
-        if self._mode == "chunked" or (self._mode == "none" and connection.framing == "chunked"):
-            return b"transfer-encoding: chunked\r\n" if self._head.minor_version else b""
-        if length is not None and connection.status != 204 and self._mode in ("length", "none"):
-            return b"content-length: %b\r\n" % length
+    def _framing_of_nothing(self, connection: UpstreamConnection) -> bytes:
+        """What the answer to a HEAD, or a 304, says about a body that does not follow."""
+        if connection.framing == "chunked":
+            return _CHUNKED if self._head.minor_version else b""
+        if connection.content_length is not None and connection.status != 204:
+            return b"content-length: %b\r\n" % connection.content_length
         return b""
+
+    def flow(self) -> Callable[[bytes], None] | None:
+        """What passes on single pieces at the least cost, None for an answer that can have none."""
+        if self._mode == "none":
+            return None
+        return self._pass_on_chunk if self._mode == "chunked" else self._pass_on
+
+    def _pass_on_chunk(self, piece: bytes) -> None:
+        """The usual piece of a stream."""
+        if self.tap is not None:
+            piece = self.tap.feed(piece)
+            if not piece:
+                return
+        size = len(piece)
+        self.bytes_out += size
+        self._last = piece
+        client = self._client
+        client.transport.write(b"%x\r\n%b\r\n" % (size, piece))
+        if client.write_paused:
+            self._connection.pause()
+
+    def _pass_on(self, piece: bytes) -> None:
+        """A piece of a body that needs no framing."""
+        if self.tap is not None:
+            piece = self.tap.feed(piece)
+        self.bytes_out += len(piece)
+        self._last = piece
+        self._client.transport.write(piece)
+        if self._client.write_paused:
+            self._connection.pause()
 
     def deliver(self, connection: UpstreamConnection, lead: bytes = b"") -> None:
         """Write what has come; pause the engine when the client does not keep up."""
-        parts, tap = connection.parts, self.tap
-        if parts:
-            connection.parts = []
-            if tap is not None:
-                parts = tap.feed(parts)
-        if tap is not None and connection.complete:
-            held = tap.end()
-            if held:
-                parts = [*parts, held]
-        if self._mode == "chunked":
-            self._deliver_chunked(connection, lead, parts)
-        elif lead or parts:
-            self.bytes_out += sum(map(len, parts)) if self._mode != "none" else 0
-            self._client.transport.write(b"".join([lead, *parts]) if self._mode != "none" else lead)
-        if parts:
-            self._last = parts[-1]
+        tap, mode = self.tap, self._mode
+        parts = connection.parts
+        piece = parts.pop() if len(parts) == 1 else connection.take()
+        if tap is not None:
+            if piece:
+                piece = tap.feed(piece)
+            if connection.complete:
+                piece += tap.end()
+        if piece and mode != "none":
+            self.bytes_out += len(piece)
+            self._last = piece
+            lead += b"%x\r\n%b\r\n" % (len(piece), piece) if mode == "chunked" else piece
+        if connection.complete and mode == "chunked":
+            lead += headers.trailers_to_client(connection.trailers)
+        if lead:
+            self._client.transport.write(lead)
         if self._client.write_paused:
             connection.pause()
             self._last = self._last[-4:]  # its end is all that ``fail`` looks at; a slow reader must not cost it twice
-
-    def _deliver_chunked(self, connection: UpstreamConnection, lead: bytes, parts: list[bytes]) -> None:
-        write = self._client.transport.write
-        if len(parts) == 1 and not lead and not connection.complete:  # the usual piece of a stream
-            part = parts[0]
-            self.bytes_out += len(part)
-            write(b"%x\r\n%b\r\n" % (len(part), part))
-            return
-        size = sum(map(len, parts))
-        self.bytes_out += size
-        chunk = [b"%x\r\n" % size, *parts, b"\r\n"] if size else []
-        end = headers.trailers_to_client(connection.trailers) if connection.complete else b""
-        if lead or size or end:
-            write(b"".join([lead, *chunk, end]))
 
     def fail(self, error: ApiError) -> None:
         """The engine failed after the head was sent: end the stream with an error event, or cut the connection."""
@@ -160,7 +176,8 @@ class Relay:
             self._client.cut()
             return
         at_boundary = not self._last or self._last.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
-        event = headers.error_event(error, at_boundary=at_boundary, anthropic=self._anthropic)
+        anthropic = self._head.path.endswith("/v1/messages")
+        event = headers.error_event(error, at_boundary=at_boundary, anthropic=anthropic)
         if self._mode == "chunked":
             event = b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event)
         self._client.transport.write(event)

@@ -8,15 +8,19 @@ keys, routes, how connections are made and kept.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol, cast
 
 import httptools
 
+from vllm_bootstrap.gateway import headers as heads
 from vllm_bootstrap.gateway.head import Headers
 
 MAX_RESPONSE_HEAD = 256 * 1024
 # A kept-alive connection that breaks within this time of being reused had been closed by the engine before.
 STALE_WITHIN_S = 1.0
+
+_NO_BODY = (101, 204, 304)
 
 
 class Receiver(Protocol):
@@ -68,38 +72,42 @@ class Keeper(Protocol):
 class UpstreamConnection(asyncio.Protocol):
     """One connection. Between ``start`` and the answer's end it belongs to one receiver.
 
-    ``status``, ``headers`` and ``trailers`` are the answer's; ``framing`` is "length", "chunked", "close" or "none".
+    ``status``, ``headers`` and ``trailers`` are the answer's, ``content_length`` and ``date`` apart from the others;
+    ``framing`` is "length", "chunked", "close" or "none"; ``answer`` what the head comes to. ``parts`` are those of the
+    body that nobody has taken yet. ``flow``, once the receiver has set it, is what pieces of the body go to until the
+    answer is complete, without a detour over the receiver.
     """
+
+    __slots__ = (
+        "_expects_upgrade", "_head_bytes", "_head_only", "_interim", "_keeper", "_parser", "_paused", "_receiver",
+        "_reusable", "_splice", "answer", "complete", "content_length", "date", "flow", "framing", "head_ready",
+        "headers", "idle_since", "on_body", "parts", "started_at", "status", "trailers", "transport", "upgraded",
+        "used_before", "write_paused",
+    )  # fmt: skip
+
+    answer: heads.AnswerHead  # there when ``head_ready``
 
     def __init__(self, keeper: Keeper) -> None:
         self._keeper = keeper
         self.transport: asyncio.Transport | None = None
         self.used_before = False
-        self.started_at = 0.0
-        self.idle_since = 0.0
+        self.started_at = self.idle_since = 0.0
         self._receiver: Receiver | None = None
         self._splice: Splice | None = None
-        self._parser: httptools.HttpResponseParser | None = None
-        self._paused = False
-        self.write_paused = False
-        self._begin(None, head_only=False, upgrade=False)
-
-    def _begin(self, receiver: Receiver | None, *, head_only: bool, upgrade: bool) -> None:
-        self._receiver = receiver
-        self._head_only = head_only
-        self._expects_upgrade = upgrade
-        self._interim = False
-        self._head_bytes = 0
-        self.status = 0
+        self._paused = self.write_paused = False
+        self._head_only = self._expects_upgrade = self._interim = self._reusable = False
+        self._head_bytes = self.status = 0
         self.headers: Headers = []
         self.trailers: Headers = []
         self.content_length: bytes | None = None
+        self.date: bytes | None = None
         self.framing = "close"
-        self.head_ready = False
-        self.complete = False
+        self.head_ready = self.complete = False
         self.upgraded: bytes | None = None
-        self.parts: list[bytes] = []
-        self._reusable = False
+        self.parts: list[bytes] = []  # always this one list: the parser adds to it by itself
+        self.on_body = self.parts.append
+        self.flow: Callable[[bytes], None] | None = None
+        self._parser = httptools.HttpResponseParser(self)
 
     # For the owner
 
@@ -108,19 +116,30 @@ class UpstreamConnection(asyncio.Protocol):
     ) -> None:
         """Send a request's first bytes; the answer goes to ``receiver``. ``head_only``: the answer has no body
         whatever its headers say. ``upgrade``: a 101 is welcome."""
-        self._begin(receiver, head_only=head_only, upgrade=upgrade)
+        self._receiver = receiver
+        self._head_only, self._expects_upgrade = head_only, upgrade
+        self._head_bytes = self.status = 0
+        self.headers, self.trailers = [], []
+        self.content_length = self.date = self.upgraded = None
+        self.framing = "close"
+        self.head_ready = self.complete = self._interim = self._reusable = False
+        self.parts.clear()
         self.started_at = now
-        if self._parser is None:
-            self._parser = httptools.HttpResponseParser(self)
-        self.write(data)
+        if self.transport is not None:
+            self.transport.write(data)
 
     def write(self, data: bytes) -> None:
         if self.transport is not None:
             self.transport.write(data)
 
-    def take_parts(self) -> list[bytes]:
-        parts, self.parts = self.parts, []
-        return parts
+    def take(self) -> bytes:
+        """What has come of the body, as one piece."""
+        parts = self.parts
+        if len(parts) == 1:
+            return parts.pop()
+        piece = b"".join(parts)
+        parts.clear()
+        return piece
 
     @property
     def silent(self) -> bool:
@@ -146,18 +165,19 @@ class UpstreamConnection(asyncio.Protocol):
 
     def release(self, now: float) -> None:
         """The answer is over: keep the connection if it may be used again, else close it."""
-        self._receiver = None
+        self._receiver = self.flow = None
         transport = self.transport
         whole = self.complete and self._reusable
-        if whole and transport is not None and not transport.is_closing() and not transport.get_write_buffer_size():
-            self.resume()
+        if whole and transport is not None and not (transport.is_closing() or transport.get_write_buffer_size()):
+            if self._paused:
+                self.resume()
             self._keeper.keep(self, now)
         else:
             self.abort()
 
     def abort(self) -> None:
         """Close at once; the engine notices and gives up the request. Idempotent, nobody is called any more."""
-        self._receiver = self._splice = None
+        self._receiver = self._splice = self.flow = None
         transport, self.transport = self.transport, None
         if transport is not None:
             transport.abort()
@@ -176,29 +196,38 @@ class UpstreamConnection(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)  # uvloop's are none by name
 
     def data_received(self, data: bytes) -> None:
-        receiver, parser = self._receiver, self._parser
-        if receiver is None or parser is None:
+        receiver = self._receiver
+        if receiver is None:
             self._take_unasked(data)
             return
         problem: str | None = None
         if not self.head_ready:
             self._head_bytes += len(data)
         try:
-            parser.feed_data(data)
-        except httptools.HttpParserUpgrade as exc:
-            self.upgraded = bytes(data[exc.args[0] :])
-        except httptools.HttpParserError as exc:
-            self._reusable = False
-            problem = f"sent no valid HTTP ({exc.__context__ or exc})"
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
+            problem = self._stopped(exc, data)
         if self.head_ready:
-            try:
-                receiver.on_received(self)  # what was understood goes on even if what follows it was not
+            try:  # what was understood goes on even if what follows it was not
+                flow = self.flow
+                if flow is None or self.complete:
+                    receiver.on_received(self)
+                elif self.parts:
+                    flow(self.parts.pop() if len(self.parts) == 1 else self.take())
             except Exception:  # noqa: BLE001 - a mistake must not leave a client waiting
                 receiver.on_crash()
         elif self._head_bytes > MAX_RESPONSE_HEAD:
             problem = f"sent headers larger than {MAX_RESPONSE_HEAD} bytes"
         if problem is not None and not self.complete:
             self._break(problem)
+
+    def _stopped(self, why: Exception, data: bytes) -> str | None:
+        """The parser went no further. Returns what is wrong with that."""
+        if isinstance(why, httptools.HttpParserUpgrade):
+            self.upgraded = bytes(data[why.args[0] :])
+            return None
+        self._reusable = False
+        return f"sent no valid HTTP ({why.__context__ or why})"
 
     def _take_unasked(self, data: bytes) -> None:
         if self._splice is not None:
@@ -248,48 +277,46 @@ class UpstreamConnection(asyncio.Protocol):
             raise _Unintelligible("a second answer")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        (self.trailers if self.head_ready else self.headers).append((name, value))
+        if self.head_ready:
+            self.trailers.append((name, value))
+            return
+        lower = name.lower()
+        if lower == b"content-length":
+            self.content_length = value
+        elif lower == b"date":
+            self.date = value
+        else:
+            self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
-        parser = self._parser
-        assert parser is not None  # noqa: S101 - it is calling
-        self.status = parser.get_status_code()
-        if 100 <= self.status < 200 and self.status != 101:
-            self._interim = True
-            return
-        if self.status == 101 and not self._expects_upgrade:
-            raise _Unintelligible("a protocol switch")
-        self.framing = self._framing()
+        self.status = status = self._parser.get_status_code()
+        if status < 200:
+            if status != 101:
+                self._interim = True
+                return
+            if not self._expects_upgrade:
+                raise _Unintelligible("a protocol switch")
+        self.answer = answer = heads.answer_head(status, self.headers)
+        codings = answer.codings
+        if status in _NO_BODY:
+            self.framing = "none"
+        elif codings:
+            if codings != [b"chunked"]:
+                raise _Unintelligible("a transfer coding other than chunked")
+            self.framing = "chunked"
+        elif self.content_length is not None:
+            self.framing = "length"
         self.head_ready = True
         if self._head_only:  # llhttp does not know that this answers a HEAD: it must not read on
             self.complete = True
             self._reusable = False
 
-    def _framing(self) -> str:
-        codings = []
-        for name, value in self.headers:
-            lower = name.lower()
-            if lower == b"content-length":
-                self.content_length = value
-            elif lower == b"transfer-encoding":
-                codings.append(value.strip().lower())
-        if self.status in (101, 204, 304):
-            return "none"
-        if codings:
-            if codings != [b"chunked"]:
-                raise _Unintelligible("a transfer coding other than chunked")
-            return "chunked"
-        return "length" if self.content_length is not None else "close"
-
-    def on_body(self, body: bytes) -> None:
-        self.parts.append(body)
-
     def on_message_complete(self) -> None:
         if self._interim:
             self._interim = False
             self.headers = []
+            self.content_length = self.date = None
             return
-        parser = self._parser
         self.complete = True
         if not self._head_only:
-            self._reusable = parser is not None and bool(parser.should_keep_alive()) and self.framing != "close"
+            self._reusable = self.framing != "close" and bool(self._parser.should_keep_alive())

@@ -43,7 +43,7 @@ class Tap(Protocol):
     tokens: int
     usage: Usage | None
 
-    def feed(self, parts: list[bytes]) -> list[bytes]:
+    def feed(self, data: bytes) -> bytes:
         """Look at what has come; returns what is to be passed on now."""
 
     def end(self) -> bytes:
@@ -51,11 +51,11 @@ class Tap(Protocol):
 
 
 def make_tap(
-    path: str, content_type: bytes, *, drops_usage: bool = False, on_id: OnId | None = None
+    path: str, kind: bytes, *, drops_usage: bool = False, on_id: OnId | None = None
 ) -> EventTap | BodyTap | None:
-    """What looks at an uncompressed answer of ``path``, None for kinds that carry no token counts. ``drops_usage``: the
-    extra last event of a stream goes. ``on_id`` is called with the id of the answer, before that is passed on."""
-    kind = content_type.partition(b";")[0].strip().lower()
+    """What looks at an uncompressed answer of ``path``, None for kinds that carry no token counts. ``kind``: its
+    content type, in lower case and without parameters. ``drops_usage``: the extra last event of a stream goes.
+    ``on_id`` is called with the id of the answer, before that is passed on."""
     if kind == b"text/event-stream":
         nested = path.endswith(("/messages", "/responses"))
         return EventTap(depths=(1, 2) if nested else (1,), drops_usage=drops_usage, on_id=on_id)
@@ -81,13 +81,11 @@ class EventTap:
         self.tokens = 0
         self.usage: Usage | None = None
 
-    def feed(self, parts: list[bytes]) -> list[bytes]:
-        if self._idle and len(parts) == 1:
-            part = parts[0]
-            if part.endswith(_ENDS) and _MARK not in part:  # the usual piece of a stream: whole events
-                self.tokens += part.count(_END_LF) or part.count(_END_CRLF)
-                return parts
-        return self._look(b"".join(parts))
+    def feed(self, data: bytes) -> bytes:
+        if self._idle and data.endswith(_ENDS) and _MARK not in data:  # the usual piece of a stream: whole events
+            self.tokens += data.count(_END_LF) or data.count(_END_CRLF)
+            return data
+        return self._look(data)
 
     def end(self) -> bytes:
         rest = self._held[self._passed :]
@@ -96,7 +94,7 @@ class EventTap:
             return rest
         return b""
 
-    def _look(self, data: bytes) -> list[bytes]:
+    def _look(self, data: bytes) -> bytes:
         data, passed = self._held + data, self._passed
         returns = b"\r" in data
         out: list[bytes] = []
@@ -112,7 +110,7 @@ class EventTap:
             start = end
         self._rest(data, start, passed, out)
         self._idle = not (self._held or self._skipping or self._on_id)
-        return out
+        return b"".join(out)
 
     def _rest(self, data: bytes, start: int, passed: int, out: list[bytes]) -> None:
         """An event that is not complete: ``data`` from ``start`` on."""
@@ -165,13 +163,12 @@ class BodyTap:
         self.tokens = 0
         self.usage: Usage | None = None
 
-    def feed(self, parts: list[bytes]) -> list[bytes]:
-        for part in parts:
-            if self._room > 0:
-                self._head.append(part[: self._room])
-                self._room -= len(part)
-            self._tail = part[-LOOK_BYTES:] if len(part) >= LOOK_BYTES else (self._tail + part)[-LOOK_BYTES:]
-        return parts
+    def feed(self, data: bytes) -> bytes:
+        if self._room > 0:
+            self._head.append(data[: self._room])
+            self._room -= len(data)
+        self._tail = data[-LOOK_BYTES:] if len(data) >= LOOK_BYTES else (self._tail + data)[-LOOK_BYTES:]
+        return data
 
     def end(self) -> bytes:
         found: Mapping[str, Any] | None = None

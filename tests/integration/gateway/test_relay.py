@@ -52,6 +52,28 @@ def test_bytes_are_the_same_wherever_they_are_cut(tmp_path: Path, size: int, fra
     run(main())
 
 
+def test_each_answer_has_its_own_date_and_length(tmp_path: Path) -> None:
+    """Engines' heads are known by heart but for these."""
+    bodies = iter((b"{}", b"[1,2]", b"[]"))
+    dates = iter((b"date: Sat\r\n", b"Date: Sun\r\n", b"date: Mon\r\nconnection: date\r\n"))
+
+    async def script(visit: Visit) -> None:
+        body = next(bodies)
+        head = b"HTTP/1.1 200 OK\r\nserver: x\r\n%bcontent-length: %d\r\n\r\n" % (next(dates), len(body))
+        await visit.send(head + body)
+
+    async def main() -> None:
+        async with running(tmp_path) as plane, RawUpstream(tmp_path / "e", script).running() as engine:
+            plane.announce(instance(engine.endpoint))
+            replies = [await plane.ask() for _ in range(3)]
+            assert [reply.body for reply in replies] == [b"{}", b"[1,2]", b"[]"]
+            assert [reply.all("date") for reply in replies] == [["Sat"], ["Sun"], []]
+            assert [reply.all("content-length") for reply in replies] == [["2"], ["5"], ["2"]]
+            assert [reply.all("server") for reply in replies] == [["x"]] * 3
+
+    run(main())
+
+
 def test_each_chunk_goes_on_at_once(tmp_path: Path) -> None:
     steps: asyncio.Queue[bytes] = asyncio.Queue()
 

@@ -133,16 +133,17 @@ def test_what_a_client_gets() -> None:
         (b"Keep-Alive", b"1"), (b"Set-Cookie", b"a=b"), (b"Access-Control-Allow-Origin", b"*"),
         (b"X-Request-Id", b"engine"), (b"X-RateLimit-Limit", b"1"), (b"Date", b"today"), (b"X-Kept", b"\xe9"),
     ]  # fmt: skip
-    raw = headers.to_client(200, answer, b"content-length: 9\r\n", [(b"x-own", b"1")], close=True)
+    own = headers.lines([(b"x-own", b"1")]) + b"content-length: 9\r\n"
+    raw = headers.to_client(headers.answer_head(200, answer), own, close=True)
     assert raw.split(b"\r\n") == [
         b"HTTP/1.1 200 OK", b"Content-Type: text/plain", b"Date: today", b"X-Kept: \xe9", b"x-own: 1",
         b"content-length: 9", b"connection: close", b"", b"",
     ]  # fmt: skip
-    assert b"connection" not in headers.to_client(599, [], b"", [], close=False)
+    assert b"connection" not in headers.to_client(headers.answer_head(599, []), b"", close=False)
 
 
 def test_a_handshake_answer() -> None:
-    raw = headers.handshake_to_client([(b"Upgrade", b"websocket"), (b"Sec-WebSocket-Accept", b"x")], [])
+    raw = headers.handshake_to_client([(b"Upgrade", b"websocket"), (b"Sec-WebSocket-Accept", b"x")], b"")
     assert raw == (
         b"HTTP/1.1 101 Switching Protocols\r\nSec-WebSocket-Accept: x\r\n"
         b"connection: Upgrade\r\nupgrade: websocket\r\n\r\n"
@@ -199,3 +200,31 @@ def test_what_every_answer_says_about_its_way() -> None:
         (b"x-launch-id", b"l1"),
         (b"x-queue-ms", b"17"),
     ]
+
+
+def test_an_engines_head_is_read_once_however_often_it_comes() -> None:
+    answer = [(b"Content-Type", b"Text/Event-Stream; charset=utf-8"), (b"Connection", b"Date"), (b"X-A", b"1")]
+    first = headers.answer_head(200, answer)
+    assert headers.answer_head(200, list(answer)) is first
+    assert headers.answer_head(201, answer) is not first
+    assert (first.is_events, first.kind, first.drops_date, first.codings) == (True, b"text/event-stream", True, [])
+    assert first.lines == b"HTTP/1.1 200 OK\r\nContent-Type: Text/Event-Stream; charset=utf-8\r\nX-A: 1\r\n"
+
+
+def test_nothing_is_read_from_a_compressed_answer() -> None:
+    plain = headers.answer_head(200, [(b"content-encoding", b"identity"), (b"content-type", b"application/json")])
+    packed = headers.answer_head(200, [(b"content-encoding", b"gzip"), (b"content-type", b"text/event-stream")])
+    assert (plain.kind, plain.drops_date) == (b"application/json", False)
+    assert (packed.kind, packed.is_events) == (b"", False)
+    coded = headers.answer_head(200, [(b"Transfer-Encoding", b" GZIP"), (b"transfer-encoding", b"chunked")])
+    assert coded.codings == [b"gzip", b"chunked"]
+
+
+def test_what_is_known_of_engines_heads_is_bounded() -> None:
+    long = [(b"x-long", b"a" * headers.MOST_KEPT_BYTES)]
+    assert headers.answer_head(200, long) is not headers.answer_head(200, long)
+    first = headers.answer_head(200, [(b"x-number", b"-1")])
+    for number in range(headers.MOST_KEPT_HEADS):
+        headers.answer_head(200, [(b"x-number", b"%d" % number)])
+    assert headers.answer_head(200, [(b"x-number", b"-1")]) is not first
+    assert len(headers._heads) <= headers.MOST_KEPT_HEADS
