@@ -24,6 +24,7 @@ from vllm_bootstrap.gateway.access_log import AccessLog
 from vllm_bootstrap.gateway.familiar import FamiliarHeads
 from vllm_bootstrap.gateway.inflight import Inflight
 from vllm_bootstrap.gateway.limits import GatewayLimits, RequestRecord
+from vllm_bootstrap.gateway.outbox import Outbox
 from vllm_bootstrap.gateway.pool import Pool
 from vllm_bootstrap.gateway.revive import Reviver
 from vllm_bootstrap.gateway.sticky import Responses
@@ -75,6 +76,7 @@ class Gateway:
         self.inflight = Inflight()
         self.responses = Responses()
         self.reviver = Reviver(gate)
+        self.outbox = Outbox()
         self.body_bytes = 0
         self.connections: dict[Connection, None] = {}
         self.idle: dict[Connection, None] = {}  # in the order in which they became idle
@@ -120,6 +122,7 @@ class Gateway:
             connect_timeout_s=limits.upstream_connect_timeout_s,
             keep_alive_s=limits.upstream_keep_alive_s,
             tls=self._tls,
+            outbox=self.outbox,
         )
         return pool
 
@@ -181,6 +184,7 @@ class Gateway:
         for pool in self._pools.values():
             pool.close()
         self._pools.clear()
+        self.outbox.flush()
         self._access_log.flush()
         if self._sweeper is not None:
             self._sweeper.cancel()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from vllm_bootstrap.errors import ApiError, UpstreamError, UpstreamTimeout
+from vllm_bootstrap.gateway.outbox import Outbox
 from vllm_bootstrap.gateway.upstream import UpstreamConnection
 from vllm_bootstrap.serving import Endpoint
 
@@ -26,9 +27,16 @@ class Pool:
     """Connections to one endpoint. ``keep_alive_s``: how long an idle one may be used again."""
 
     def __init__(
-        self, endpoint: Endpoint, *, connect_timeout_s: float, keep_alive_s: float, tls: ssl.SSLContext | None = None
+        self,
+        endpoint: Endpoint,
+        *,
+        connect_timeout_s: float,
+        keep_alive_s: float,
+        tls: ssl.SSLContext | None = None,
+        outbox: Outbox | None = None,
     ) -> None:
         self.endpoint = endpoint
+        self.outbox = outbox or Outbox()
         self._connect_timeout_s = connect_timeout_s
         self._keep_alive_s = keep_alive_s
         self._tls = tls
@@ -40,7 +48,7 @@ class Pool:
         while self._idle:
             connection = self._idle.pop()
             transport = connection.transport
-            if transport is None or transport.is_closing() or now - connection.idle_since >= self._keep_alive_s:
+            if transport is None or transport.inner.is_closing() or now - connection.idle_since >= self._keep_alive_s:
                 connection.abort()
                 continue
             connection.used_before = True

@@ -76,6 +76,7 @@ class StrictProtocol(Claims, HttpToolsProtocol):
     # Life of the connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        transport = self.gateway.outbox.wrap(transport)
         super().connection_made(transport)
         if not self.gateway.join(self):
             self.refuse(Unavailable("Too many connections", retry_after=1))

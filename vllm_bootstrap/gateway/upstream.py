@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Protocol
 
 import httptools
 
 from vllm_bootstrap.gateway import headers as heads
 from vllm_bootstrap.gateway.head import Headers
+from vllm_bootstrap.gateway.outbox import HeldTransport, Outbox
 
 MAX_RESPONSE_HEAD = 256 * 1024
 # A kept-alive connection that breaks within this time of being reused had been closed by the engine before.
@@ -62,6 +63,8 @@ class _Unintelligible(Exception):
 class Keeper(Protocol):
     """Where a connection goes back to."""
 
+    outbox: Outbox
+
     def keep(self, connection: UpstreamConnection, now: float) -> None:
         """It is idle and may be used again."""
 
@@ -89,7 +92,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def __init__(self, keeper: Keeper) -> None:
         self._keeper = keeper
-        self.transport: asyncio.Transport | None = None
+        self.transport: HeldTransport | None = None
         self.used_before = False
         self.started_at = self.idle_since = 0.0
         self._receiver: Receiver | None = None
@@ -168,7 +171,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._receiver = self.flow = None
         transport = self.transport
         whole = self.complete and self._reusable
-        if whole and transport is not None and not (transport.is_closing() or transport.get_write_buffer_size()):
+        if whole and transport is not None and transport.is_clear():
             if self._paused:
                 self.resume()
             self._keeper.keep(self, now)
@@ -193,7 +196,7 @@ class UpstreamConnection(asyncio.Protocol):
     # From the transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)  # uvloop's are none by name
+        self.transport = self._keeper.outbox.wrap(transport)
 
     def data_received(self, data: bytes) -> None:
         receiver = self._receiver
