@@ -35,11 +35,10 @@ class Sender(Receiver, Protocol):
 
 
 class Errand:
-    """``outgoing`` is kept until its owner takes it, to be sent again. ``sent_all``: all of it is written.
-    ``dial`` and ``sending`` are what is under way."""
+    """``outgoing`` is kept until its owner takes it, to be sent again. ``sent_all``: all of it is written."""
 
-    dial: Dial | None = None
-    sending: transfer.Sending | None = None
+    _dial: Dial | None = None
+    _sending: transfer.Sending | None = None
     outgoing: Outgoing | None = None
     upgrade = False
     sent_all = True
@@ -64,10 +63,10 @@ class Errand:
         self._connect(self._gateway.pool(instance))
 
     def _connect(self, pool: Pool) -> None:
-        self.dial = pool.dial(self._connected)
+        self._dial = pool.dial(self._connected)
 
     def _connected(self, outcome: UpstreamConnection | ApiError) -> None:
-        self.dial = None
+        self._dial = None
         if isinstance(outcome, ApiError):
             self._sender.on_unreachable(outcome)
         else:
@@ -91,24 +90,30 @@ class Errand:
             connection.write(body)
         if outgoing.upload is not None:
             self.sent_all = False
-            self.sending = transfer.Sending(outgoing.upload, connection, self._sent)
+            self._sending = transfer.Sending(outgoing.upload, connection, self._sent)
 
     def _sent(self, problem: ApiError | None) -> None:
-        self.sending = None
+        self._sending = None
         self.sent_all = problem is None
         if problem is not None:
             self._sender.fail(problem)
 
     def on_writable(self) -> None:
         """The engine has taken most of what was written."""
-        if self.sending is not None:
-            self.sending.on_writable()
+        if self._sending is not None:
+            self._sending.on_writable()
 
     def cancel(self) -> None:
         """Stop connecting and sending. Idempotent."""
-        if self.dial is not None:
-            self.dial.cancel()
-            self.dial = None
-        if self.sending is not None:
-            self.sending.cancel()
-            self.sending = None
+        if self._dial is not None:
+            self._dial.cancel()
+            self._dial = None
+        if self._sending is not None:
+            self._sending.cancel()
+            self._sending = None
+
+    def end(self) -> None:
+        """Nothing more is sent. Idempotent."""
+        self.outgoing = None
+        if self._dial is not None or self._sending is not None:
+            self.cancel()

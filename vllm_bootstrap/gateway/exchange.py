@@ -18,15 +18,7 @@ import math
 import time
 from typing import Literal
 
-from vllm_bootstrap.errors import (
-    ApiError,
-    Cancelled,
-    Draining,
-    Forbidden,
-    Unauthorized,
-    UpstreamError,
-    UpstreamTimeout,
-)
+from vllm_bootstrap.errors import ApiError, Cancelled, Draining, Forbidden, Unauthorized, UpstreamError, UpstreamTimeout
 from vllm_bootstrap.gateway import headers, sticky, targets, websocket
 from vllm_bootstrap.gateway.entry import Entry, admit, known_key, render, target_of, ticket_of
 from vllm_bootstrap.gateway.errand import Errand
@@ -59,7 +51,6 @@ class Exchange(Mishaps):
     _tunnel: websocket.Tunnel | None = None
     _keeps_response = False
     _holds_body = True
-    _brought = 0  # bytes of the answer when its deadline was last looked at
 
     def __init__(
         self, gateway: Gateway, client: Client, head: Head, target: targets.ToModel | targets.ToLaunch
@@ -261,9 +252,7 @@ class Exchange(Mishaps):
     def _own_headers(self) -> bytes:
         journey = self._journey
         launch_id = journey.instance.launch_id if journey.instance is not None else ""
-        own = headers.own_headers(self.request_id, launch_id, journey.queue_ms)
-        rate = self._rate_headers()
-        return own + headers.lines(rate) if rate else own
+        return headers.own_headers(self.request_id, launch_id, journey.queue_ms) + headers.lines(self._rate_headers())
 
     def _rate_headers(self) -> Headers:
         principal = self._entry.principal if self._entry is not None else known_key(self._gateway, self._head)
@@ -332,9 +321,8 @@ class Exchange(Mishaps):
         if self._stage is WAITING and now >= self._deadline:
             self.fail(UpstreamTimeout("The engine did not answer in time"))
         elif self._stage is RELAYING:
-            brought = self._relay.bytes_out
-            if self._active or self._client.write_paused or brought != self._brought:
-                self._active, self._brought = False, brought
+            if self._relay.has_moved() or self._active or self._client.write_paused:
+                self._active = False
                 self._deadline = now + self._gateway.limits.upstream_idle_timeout_s
             elif now >= self._deadline:
                 self.fail(UpstreamTimeout("The engine sent nothing for too long"))
@@ -386,13 +374,11 @@ class Exchange(Mishaps):
             self._client.answer_error(error, self.request_id, self._rate_headers())
 
     def _end(self, status: int, code: str | None) -> None:
-        journey, reading, relay, errand, tunnel = self._journey, self._reading, self._relay, self._errand, self._tunnel
+        journey, reading, relay, tunnel = self._journey, self._reading, self._relay, self._tunnel
         worked = self._stage >= WAITING and not (relay.begun and relay.status >= 400)
         self._stage = OVER
         self._connection = None
-        errand.outgoing = None
-        if errand.dial is not None or errand.sending is not None:
-            errand.cancel()
+        self._errand.end()
         spent = journey.spent()
         self._place.leave(spent, worked=worked)
         if journey.id:
@@ -402,8 +388,6 @@ class Exchange(Mishaps):
             reading.stop()
             if self._holds_body:
                 reading.drop()
-        bytes_out = relay.bytes_out
-        if tunnel is not None:
-            journey.bytes_in += tunnel.bytes_in
-            bytes_out += tunnel.bytes_out
-        self._gateway.record(journey.record(status, code, spent, bytes_out))
+        in_tunnel, out_tunnel = (tunnel.bytes_in, tunnel.bytes_out) if tunnel is not None else (0, 0)
+        journey.bytes_in += in_tunnel
+        self._gateway.record(journey.record(status, code, spent, relay.bytes_out + out_tunnel))

@@ -72,7 +72,7 @@ class Relay:
     _mode = ""
     _last = b""
     begun = is_events = False
-    status = bytes_out = 0
+    status = bytes_out = _bytes_seen = 0
     tap: Tap | None = None
 
     def __init__(self, client: Client, head: Head) -> None:
@@ -84,29 +84,28 @@ class Relay:
     ) -> bytes:
         """The head of the answer, to be written together with its first bytes. ``own``: header lines of ours. The rest
         is for ``make_tap``."""
-        head, answer = self._head, connection.answer
+        head, answer, length = self._head, connection.answer, connection.content_length
         self.begun = True
         self.status = status = connection.status
         self._connection = connection
         self.is_events = is_events = answer.is_events
         if head.method == "HEAD" or status in _NO_BODY:
             self._mode = "none"
-        elif connection.content_length is not None and not (is_events and drops_usage):
+            own += self._framing_of_nothing(connection)
+        elif length is not None and not (is_events and drops_usage):
             self._mode = "length"
+            own += b"content-length: %b\r\n" % length
+        elif head.minor_version:
+            self._mode = "chunked"
+            own += _CHUNKED
         else:
-            self._mode = "chunked" if head.minor_version else "close"
+            self._mode = "close"
         if status == 200 and answer.kind and self._mode != "none":
             self.tap = make_tap(head.path, answer.kind, drops_usage=drops_usage, on_id=on_id)
         if connection.date is not None and not answer.drops_date:
             own += b"date: %b\r\n" % connection.date
         if is_events:
             own += b"x-accel-buffering: no\r\n"
-        if self._mode == "length":
-            own += b"content-length: %b\r\n" % connection.content_length
-        elif self._mode == "chunked":
-            own += _CHUNKED
-        elif self._mode == "none":
-            own += self._framing_of_nothing(connection)
         close = self._client.closes_after_answer() or self._mode == "close"
         return headers.to_client(answer, own, close=close)
 
@@ -169,6 +168,11 @@ class Relay:
         if self._client.write_paused:
             connection.pause()
             self._last = self._last[-4:]  # its end is all that ``fail`` looks at; a slow reader must not cost it twice
+
+    def has_moved(self) -> bool:
+        """Whether anything has come since this was last asked."""
+        seen, self._bytes_seen = self._bytes_seen, self.bytes_out
+        return seen != self.bytes_out
 
     def fail(self, error: ApiError) -> None:
         """The engine failed after the head was sent: end the stream with an error event, or cut the connection."""
