@@ -106,7 +106,6 @@ class Metrics:
         self._note(name, "histogram", labels, help_text)
         return Histogram(name, help_text, labels, namespace=PREFIX, registry=self.registry, buckets=buckets)
 
-
     def launch_event(self, event: EventView) -> None:
         """Count what one history row of a launch tells."""
         if event.event == "shim_lost":
