@@ -110,11 +110,12 @@ class LimitsMachine(RuleBasedStateMachine):
         """It says when there will be room if nothing else happens, to the second, and no later than that."""
         wait = refused.retry_after
         assert wait is not None
+        before = self.now + max(0, wait - 1.5)
         if self.too_many_requests(self.now):
-            assert self.too_many_requests(self.now + wait - 1.5)
+            assert self.too_many_requests(before)
             assert not self.too_many_requests(self.now + wait) or self.key.requests_per_minute == 0
         elif self.too_many_tokens(tokens, self.now):
-            assert self.too_many_tokens(tokens, self.now + wait - 1.5)
+            assert self.too_many_tokens(tokens, before)
             assert not self.too_many_tokens(tokens, self.now + wait)
         else:
             assert self.too_much_enqueued(ticket, tokens)
