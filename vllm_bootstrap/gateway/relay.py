@@ -131,7 +131,7 @@ class Relay:
                 return
         size = len(piece)
         self.bytes_out += size
-        self._last = piece
+        self._last = piece[-4:]  # the whole piece would stay in memory until the next one
         client = self._client
         client.transport.write(b"%x\r\n%b\r\n" % (size, piece))
         if client.write_paused:
@@ -142,7 +142,7 @@ class Relay:
         if self.tap is not None:
             piece = self.tap.feed(piece)
         self.bytes_out += len(piece)
-        self._last = piece
+        self._last = piece[-4:]
         self._client.transport.write(piece)
         if self._client.write_paused:
             self._connection.pause()
@@ -159,7 +159,7 @@ class Relay:
                 piece += tap.end()
         if piece and mode != "none":
             self.bytes_out += len(piece)
-            self._last = piece
+            self._last = piece[-4:]
             lead += b"%x\r\n%b\r\n" % (len(piece), piece) if mode == "chunked" else piece
         if connection.complete and mode == "chunked":
             lead += headers.trailers_to_client(connection.trailers)
