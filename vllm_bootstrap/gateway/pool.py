@@ -7,6 +7,7 @@ last first; what belongs to one endpoint is never used for another. Must not kno
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import logging
 import ssl
@@ -125,6 +126,8 @@ class Dial:
         if task.cancelled():
             return
         problem = task.exception()
+        if problem is None and task.result().transport is None:  # nobody would ever be told
+            problem = ConnectionResetError(errno.ECONNRESET, "it closed the connection at once")
         if on_done is not None:
             on_done(task.result() if problem is None else _explain(problem))
         elif problem is None:

@@ -170,3 +170,21 @@ def test_a_full_queue_of_connections_is_waited_for(tmp_path: Path) -> None:
             one.close()
 
     run(main())
+
+
+def test_a_connection_that_is_lost_before_it_is_handed_over_is_none() -> None:
+    """A process that dies resets what waited in its queue, perhaps between the connection and whoever asked for it."""
+
+    async def main() -> None:
+        pool = pool_of(Endpoint(uds="/nowhere"))
+
+        async def lost() -> UpstreamConnection:
+            return UpstreamConnection(pool)
+
+        outcome: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        Dial(lost(), outcome.set_result)
+        told = await asyncio.wait_for(outcome, 5)
+        assert isinstance(told, UpstreamError)
+        assert "at once" in told.message
+
+    asyncio.run(main())
