@@ -126,7 +126,7 @@ class Dial:
         if task.cancelled():
             return
         problem = task.exception()
-        if problem is None and task.result().transport is None:  # nobody would ever be told
+        if on_done is not None and problem is None and task.result().transport is None:  # nobody would ever be told
             problem = ConnectionResetError(errno.ECONNRESET, "it closed the connection at once")
         if on_done is not None:
             on_done(task.result() if problem is None else _explain(problem))
