@@ -250,9 +250,11 @@ class Exchange(Mishaps):
             self._gateway.responses.remember(response_id, journey.instance.launch_id, journey.owner)
 
     def _own_headers(self) -> bytes:
-        journey = self._journey
+        journey, entry = self._journey, self._entry
         launch_id = journey.instance.launch_id if journey.instance is not None else ""
-        return headers.own_headers(self.request_id, launch_id, journey.queue_ms) + headers.lines(self._rate_headers())
+        own = headers.own_headers(self.request_id, launch_id, journey.queue_ms)
+        rate = self._gateway.gate.rate(entry.principal) if entry is not None else None
+        return own if rate is None else own + rate.lines()
 
     def _rate_headers(self) -> Headers:
         principal = self._entry.principal if self._entry is not None else known_key(self._gateway, self._head)

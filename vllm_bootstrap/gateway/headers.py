@@ -162,8 +162,7 @@ def own_headers(request_id: str, launch_id: str, queue_ms: int) -> bytes:
     )  # fmt: skip
 
 
-def lines(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """Headers as lines of a head."""
+def _lines(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     return b"".join(map(b"%b: %b\r\n".__mod__, headers))
 
 
@@ -245,7 +244,7 @@ def error_answer(
         out.append(f"{key}: {value}\r\n".encode("latin-1"))
     if request_id is not None:
         out.append(b"x-request-id: %b\r\n" % request_id.encode("ascii"))
-    out.append(lines(own))
+    out.append(_lines(own))
     out.append(b"x-api-version: v1\r\n")
     out.append(b"connection: close\r\n\r\n" if close else b"\r\n")
     if body:

@@ -55,6 +55,19 @@ class RateState(NamedTuple):
             return () if requests is None else _lines(_REQUESTS, requests)
         return _lines(_TOKENS, tokens) if requests is None else _lines(_REQUESTS, requests) + _lines(_TOKENS, tokens)
 
+    def lines(self) -> bytes:
+        """The same as lines of a head."""
+        requests, tokens = self
+        lines = b""
+        if requests is not None:
+            lines = _REQUEST_LINES % (requests.limit, requests.remaining, ceil(requests.reset_s))
+        if tokens is not None:
+            lines += _TOKEN_LINES % (tokens.limit, tokens.remaining, ceil(tokens.reset_s))
+        return lines
+
+
+_REQUEST_LINES, _TOKEN_LINES = (b"%b: %%d\r\n%b: %%d\r\n%b: %%ds\r\n" % names for names in (_REQUESTS, _TOKENS))
+
 
 def _lines(names: tuple[bytes, bytes, bytes], share: Share) -> Lines:
     limit, left, reset = names
@@ -172,7 +185,8 @@ class KeyLimits:
 
 
 def _share(window: Moments | Window, limit: int, now: float) -> Share:
-    return Share(limit, max(0, limit - window.total(now)), window.empty_in(now))
+    left = limit - window.total(now)
+    return Share(limit, max(0, left), window.empty_in(now))
 
 
 def _too_many_requests(account: Account, limit: int, now: float) -> TooManyRequests:

@@ -133,7 +133,7 @@ def test_what_a_client_gets() -> None:
         (b"Keep-Alive", b"1"), (b"Set-Cookie", b"a=b"), (b"Access-Control-Allow-Origin", b"*"),
         (b"X-Request-Id", b"engine"), (b"X-RateLimit-Limit", b"1"), (b"Date", b"today"), (b"X-Kept", b"\xe9"),
     ]  # fmt: skip
-    own = headers.lines([(b"x-own", b"1")]) + b"content-length: 9\r\n"
+    own = b"x-own: 1\r\ncontent-length: 9\r\n"
     raw = headers.to_client(headers.answer_head(200, answer), own, close=True)
     assert raw.split(b"\r\n") == [
         b"HTTP/1.1 200 OK", b"Content-Type: text/plain", b"Date: today", b"X-Kept: \xe9", b"x-own: 1",

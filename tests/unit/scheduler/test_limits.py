@@ -232,3 +232,11 @@ def test_the_token_limit_alone_is_told_in_three() -> None:
     assert [name for name, _ in state.headers()] == [
         b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("requests", [None, 0, 7])
+@pytest.mark.parametrize("tokens", [None, 0, 900])
+def test_headers_say_the_same_as_lines_of_a_head(requests: int | None, tokens: int | None) -> None:
+    shares = [None if limit is None else Share(limit, limit // 2, limit / 15) for limit in (requests, tokens)]
+    state = RateState(*shares)
+    assert state.lines() == b"".join(b"%b: %b\r\n" % header for header in state.headers())
