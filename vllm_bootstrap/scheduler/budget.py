@@ -35,6 +35,10 @@ from vllm_bootstrap.scheduler.ports import BatchBudget, BudgetReport, EngineSign
 # Realtime counts as active for some of its usual pauses after its last sign of life, within bounds.
 PAUSES, LONGEST_HOLD_S, GAP_WEIGHT = 4, 10.0, 0.125
 LISTEN_S, LISTEN_EVERY_S = 5.0, 60.0
+# What realtime is like alone depends on how much of it there is: listen anew when arrivals are so many times closer
+# together or further apart than they were. Their geometric mean over some thirty does not get there by chance, and a
+# single pause does not move it far.
+PACE_CHANGED, PACE_WEIGHT, LISTEN_ANEW_S, SHORTEST_GAP_S = math.log(2), 1 / 32, 20.0, 0.001
 RAMP_S = 0.25
 KV_FULL, KV_EASY = 0.95, 0.85
 
@@ -70,7 +74,10 @@ class Budget(BatchBudget):
         self._gap_s = 0.0
         self._hold_s = min(policy.idle_after_s, LONGEST_HOLD_S)
         self._active_until = -math.inf
-        self._listen_until = self._listen_again = -math.inf
+        self._listen_until = self._listen_again = self._listened_at = -math.inf
+        # Logarithm of the seconds between two arrivals: lately, and when the baseline was made.
+        self._pace: float | None = None
+        self._known_pace: float | None = None
         self._last = EngineSignals()
         self._step_s: float | None = None
         self._promotions = 0
@@ -88,12 +95,28 @@ class Budget(BatchBudget):
         if self._arrived_at is not None:
             gap = min(now - self._arrived_at, LONGEST_HOLD_S)
             self._gap_s += GAP_WEIGHT * (gap - self._gap_s)
+            if gap < self._hold_s:  # else realtime was idle meanwhile
+                pace = math.log(max(gap, SHORTEST_GAP_S))
+                self._pace = pace if self._pace is None else self._pace + PACE_WEIGHT * (pace - self._pace)
             self._hold_s = min(max(self._policy.idle_after_s, PAUSES * self._gap_s), LONGEST_HOLD_S)
         self._arrived_at = now
         if now >= self._listen_again and not self._cap.knows(now):
-            # Not again, unless a first byte shows that realtime has any to time.
-            self._listen_until, self._listen_again = now + LISTEN_S, math.inf
+            self._listen(now)
+        elif now >= self._listened_at + LISTEN_ANEW_S and self._pace_changed():
+            self._cap.forget()
+            self._listen(now)
         self._active_until = max(self._active_until, now + self._hold_s)
+
+    def _listen(self, now: float) -> None:
+        # Not again, unless a first byte shows that realtime has any to time.
+        self._listened_at, self._known_pace = now, self._pace
+        self._listen_until, self._listen_again = now + LISTEN_S, math.inf
+
+    def _pace_changed(self) -> bool:
+        then, lately = self._known_pace, self._pace
+        if self._cap.baseline_s is None or then is None or lately is None:
+            return False
+        return abs(lately - then) > PACE_CHANGED
 
     def realtime_granted(self, sequences: int, prompt_tokens: int, now: float) -> None:  # noqa: ARG002
         self._realtime += sequences
@@ -108,6 +131,7 @@ class Budget(BatchBudget):
             self._cap.beside(ttft_s, self._batch, self._top, now)
         elif now - self._batch_over_at >= SETTLE_S:
             self._cap.alone(ttft_s, now)
+            self._known_pace = self._pace
             self._cap.recover(self._top, now)
 
     def realtime_ended(self, sequences: int, now: float) -> None:

@@ -27,7 +27,7 @@ LATE_SAMPLES, LATE_ONES = 64, 3
 WIDEST = 1.5
 # Parts of the room: below the first the cap grows, above the second it shrinks. What a step of growth adds must not
 # lead from the one over the other.
-GROW_BELOW, SHRINK_ABOVE = 0.45, 0.7
+GROW_BELOW, SHRINK_ABOVE = 0.25, 0.45
 GROW_BY, SHRINK_BY = 1.25, 0.75
 # After a change, sequences that were admitted before it still run.
 SETTLE_S = 0.5
@@ -77,6 +77,11 @@ class Cap:
         self._told += 1
         if len(self._alone) <= MIN_SAMPLES or self._told % MIN_SAMPLES == 0:
             self._median, self._tail = _part(self._alone, 0.5), _part(self._alone, TAIL)
+
+    def forget(self) -> None:
+        """Realtime alone may not be any more what it was: the next answers without batch replace the baseline. Until
+        there are any, the old one is better than none."""
+        self._alone_at = -math.inf
 
     def beside(self, ttft_s: float, batch: int, ceiling: int, now: float) -> None:
         """A realtime answer began while ``batch`` sequences ran."""
