@@ -224,6 +224,7 @@ class AdmissionMachine(RuleBasedStateMachine):
         if self.fresh:
             self.budgets[launch] = self.fresh[0]
         self.follow()
+        self.every_place_is_made()
 
     def forgotten_launch(self, launch: str) -> None:
         self.slots.pop(launch, None)
@@ -232,6 +233,7 @@ class AdmissionMachine(RuleBasedStateMachine):
         self.forgotten |= {one.id for one in self.running.values() if one.launch == launch}
         self.admission.forget(launch, self.now)
         self.follow()
+        self.every_place_is_made()
 
     @rule(launch=st.sampled_from(sorted(LAUNCHES)), out=st.booleans())
     def connections_fail_or_work(self, launch: str, out: bool) -> None:
@@ -301,13 +303,29 @@ class AdmissionMachine(RuleBasedStateMachine):
 
     def room_is_made(self, pool: list[str]) -> None:
         """Realtime waits: as much of batch is taken back as all that wait with it need, and nothing more."""
+        too_many = self.room_beyond_need(pool)
+        if self.last_taken_back is not None:
+            assert too_many < self.last_taken_back.cost
+
+    def room_beyond_need(self, pool: list[str]) -> int:
+        """How much more comes free than is waited for; what is too little cannot be had."""
         wanted = max(sum(self.cost(o, n) for o in self.waits_for(n, "realtime")) for n in pool)
         running = [one for launch in pool for one in self.on(launch)]
         coming = sum(self.slots[launch] - self.used(launch) for launch in pool)
         coming += sum(one.cost for one in running if one.returning)
-        assert coming >= wanted or not any(self.may_be_taken_back(one) for one in running)
-        if self.last_taken_back is not None:
-            assert coming - self.last_taken_back.cost < wanted
+        assert not wanted or coming >= wanted or not any(self.may_be_taken_back(one) for one in running)
+        return coming - wanted
+
+    def another_place_is_made(self, launch: str | None) -> None:
+        """One there stays although it was taken back."""
+        if launch in self.slots.keys() - self.ejected:
+            self.room_beyond_need([str(launch)])
+
+    def every_place_is_made(self) -> None:
+        """Launches have changed."""
+        for one in self.waiting:
+            if one.ticket.cls == "realtime":
+                self.room_beyond_need([name for name in LAUNCHES if self.may_run(name, one.target, one.ticket)])
 
     def held(self, owner: str) -> list[Seen]:
         return [one for one in [*self.waiting, *self.running.values()] if one.ticket.owner == owner]
@@ -352,9 +370,11 @@ class AdmissionMachine(RuleBasedStateMachine):
     def answers_begin(self, data: st.DataObject, streamed: bool) -> None:
         if self.running:
             one = self.running[data.draw(st.sampled_from(sorted(self.running)))]
-            one.began, one.returning = True, False
+            was_coming, one.began, one.returning = one.returning, True, False
             self.admission.began(one.id, self.now, streamed=streamed)
             self.follow()
+            if was_coming:
+                self.another_place_is_made(one.launch)
 
     @rule(data=st.data(), worked=st.booleans(), used=st.none() | st.integers(0, 20))
     def ends(self, data: st.DataObject, worked: bool, used: int | None) -> None:
@@ -403,6 +423,7 @@ class AdmissionMachine(RuleBasedStateMachine):
             one.returning, one.kept = False, True
             self.admission.kept(one.id)
             self.follow()
+            self.another_place_is_made(one.launch)
 
     @rule(data=st.data())
     def client_goes(self, data: st.DataObject) -> None:

@@ -111,7 +111,8 @@ class Guard:
         session of the page ends by itself)."""
         if any(name == b"cookie" for name, _ in head.headers):
             return None
-        return Pass(principal, self._keys.version())
+        # Not ``version()``: that may read the file anew, and the pass would hold for keys which this one is not among.
+        return Pass(principal, self._keys.looked_up)
 
     def readmit(self, earlier: Pass) -> Principal | None:
         """Let the same head in under the same rule once more. None: ask ``admit`` again, something has changed."""
@@ -123,6 +124,10 @@ class Guard:
     def on_change(self, listener: Callable[[], None]) -> None:
         """Call ``listener`` after keys were changed."""
         self._keys.on_change(listener)
+
+    def look(self) -> None:
+        """See whether keys were changed, when nobody has asked for a while: who waits must hear of it all the same."""
+        self._keys.version()
 
     def still_allows(self, principal: Principal) -> bool:
         """Whether what a principal was admitted to earlier may still be begun: its key is there, live, and has lost no

@@ -116,6 +116,11 @@ class KeyRing:
             self._refresh()
         return self._version
 
+    @property
+    def looked_up(self) -> int:
+        """The ``version`` that the last lookup answered from, without a look at the file."""
+        return self._version
+
     def has_expired(self, principal: Principal) -> bool:
         """Whether the time of a principal's key is over."""
         return principal.expires_at is not None and self._clock() >= principal.expires_at

@@ -70,8 +70,10 @@ def admit(gateway: Gateway, head: Head, target: ToModel | ToLaunch) -> Entry:
     # An entry by launch depends on more than head and key; the head of a form names a boundary that never comes again.
     if entry.launch is None and entry.route.inference and not entry.route.multipart:
         permit = gateway.guard.remember(_head_for_guard(head), entry.principal)
-        if permit is not None:
+        if permit is not None and memory is None:
             gateway.heads.remember(head, target, entry, permit)
+        elif permit is not None:  # the same head after keys were changed
+            memory.entry, memory.permit = entry, permit
     return entry
 
 

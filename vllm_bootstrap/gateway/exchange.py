@@ -236,6 +236,8 @@ class Exchange(Mishaps):
         relay, journey = self._relay, self._journey
         lead = relay.begin(connection, self._own_headers(), drops_usage=drops_usage, on_id=on_id)
         journey.tap, journey.stream = relay.tap, relay.is_events
+        if not connection.parts:  # else its first byte says so
+            self._place.stay()
         return lead
 
     def _first_byte(self) -> None:

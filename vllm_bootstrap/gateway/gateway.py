@@ -154,6 +154,7 @@ class Gateway:
 
     def _sweep(self) -> None:
         now = asyncio.get_running_loop().time()
+        self.guard.look()
         for connection in list(self.connections):
             try:
                 connection.tick(now)

@@ -48,6 +48,9 @@ MOST_KEPT_HEADS = 256
 MOST_KEPT_BYTES = 2048
 """Of one head of an engine's answer: together these bound what remembering them costs."""
 
+MOST_RENDERED = 32
+"""Launches, by class, for which one familiar head is kept as they get it."""
+
 _NOTHING: frozenset[bytes] = frozenset()
 _PRIORITY: dict[RequestClass, int] = {"realtime": 0, "batch": 100}
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
@@ -89,6 +92,8 @@ def to_engine(
     if known is None or known[0] is not instance:
         known = (instance, *_around_the_id(head, path, instance, cls))
         if memory is not None:
+            if len(memory.rendered) >= MOST_RENDERED:  # launches come and go, heads stay
+                memory.rendered.clear()
             memory.rendered[instance.launch_id, cls] = known
     _, before, between, after = known
     if body_length is None:
@@ -204,7 +209,7 @@ def answer_head(status: int, headers: Headers) -> AnswerHead:
     head = _heads.get(key)
     if head is None:
         head = AnswerHead(status, headers)
-        if len(head.lines) <= MOST_KEPT_BYTES:
+        if sum(len(name) + len(value) for name, value in headers) <= MOST_KEPT_BYTES:
             if len(_heads) >= MOST_KEPT_HEADS:
                 del _heads[next(iter(_heads))]
             _heads[key] = head

@@ -91,6 +91,11 @@ class Place:
         if self._lease is not None:
             self._lease.first_byte(streamed=streamed)
 
+    def stay(self) -> None:
+        """The client has been told something: this place cannot be left for another one any more."""
+        if self._lease is not None:
+            self._lease.on_revoked = None
+
     def leave(self, usage: Usage | None, *, worked: bool) -> None:
         """Give it back, or do not wait any longer. ``usage``: what it used, when that is known. Idempotent."""
         pending, self._pending = self._pending, None

@@ -95,7 +95,11 @@ class StrictProtocol(Claims, HttpToolsProtocol):
         if self._closing:
             return
         if self._body_open:
-            self._read_body(data)
+            self._advancing = True  # an answer given from within the parser must not feed it the next request
+            try:
+                self._read_body(data)
+            finally:
+                self._advancing = False
             self._advance()
         elif self._answer_open:
             self.early(data)
@@ -146,6 +150,7 @@ class StrictProtocol(Claims, HttpToolsProtocol):
                 head = self.gateway.heads.read(raw)
             self._claimed = head.memory is not None or self.claim(head)
         except ApiError as error:
+            self._head = None
             self.refuse(error)
             return False
         self._begin(head)
@@ -271,6 +276,7 @@ class StrictProtocol(Claims, HttpToolsProtocol):
         """Close at once: the answer cannot be ended properly."""
         self._answer_open = False
         self._closing = True
+        self.gateway.outbox.flush()  # what was written before counts as sent: it may be a whole answer
         self.transport.abort()
 
     def refuse(self, error: ApiError) -> None:
@@ -322,6 +328,7 @@ class StrictProtocol(Claims, HttpToolsProtocol):
         elif self._body_open:
             self._on_slow_body(now)
         elif self._inbox.ahead:
+            self._head = None
             self.refuse(RequestTimeout("The request's head did not arrive in time"))
         else:
             self.close_idle()

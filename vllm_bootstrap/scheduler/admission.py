@@ -192,8 +192,10 @@ class Admission:
         request = self._requests.get(request_id)
         if request is None or request.launch is None or request.began:
             return
-        launch = request.launch
+        launch, stays = request.launch, request.returning
         launch.began(request, now, streamed=streamed)
+        if stays:
+            self._dispatcher.make_room((launch,))
         if launch.revocable:
             self._dispatcher.take_back(launch, now)
         if launch.waiting["batch"]:
@@ -243,6 +245,7 @@ class Admission:
         request = self._requests.get(request_id)
         if request is not None and request.launch is not None:
             request.launch.keep(request)
+            self._dispatcher.make_room((request.launch,))
 
     def cancel(self, request_id: int, now: float) -> None:
         """The caller went away, queued or running. Idempotent."""
@@ -309,6 +312,9 @@ class Admission:
         for launch in self._directory.launches.values():
             launch.tell_waits(now)
         self._dispatcher.pump(self._directory.launches.values(), now)
+        for lane in self._directory.lanes():  # what was coming may have been lost with its launch
+            if lane.waiting["realtime"]:
+                self._dispatcher.make_room(lane.launches)
 
     def _keep_bounds(self, request: Request, now: float) -> None:
         """Case 7 for a request that has begun to wait: somebody goes when that is one too many."""
@@ -326,7 +332,7 @@ class Admission:
     def _make_room(self, request: Request) -> None:
         """Case 8 for realtime: rule (d), unless it has got a place meanwhile."""
         if request.ticket.cls == "realtime" and request.queued:
-            self._dispatcher.make_room(request.lane)
+            self._dispatcher.make_room(request.lane.launches)
 
     def _reject(self, request: Request, error: ApiError, now: float) -> None:
         self._dispatcher.leave(request, now)

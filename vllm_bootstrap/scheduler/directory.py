@@ -7,7 +7,7 @@ models that the key may use. Nothing here knows who waits in which order, or slo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from vllm_bootstrap.auth.types import Principal
@@ -65,6 +65,10 @@ class Directory:
                     launch.all_wait(lane)
         self._tidy_shelves()
         return stranded
+
+    def lanes(self) -> Iterable[Lane]:
+        """All lanes, those in which nobody waits included."""
+        return self._lanes.values()
 
     def waiting(self) -> Iterator[Request]:
         """All that wait."""

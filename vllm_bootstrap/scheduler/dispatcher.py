@@ -6,10 +6,10 @@ launch, the model and the queue alike. Nothing here knows keys' limits, or why r
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from vllm_bootstrap.scheduler.capacity import Launch
-from vllm_bootstrap.scheduler.queues import Lane, Lines, Request
+from vllm_bootstrap.scheduler.queues import Lines, Request
 from vllm_bootstrap.scheduler.tickets import Effect, Grant, Revoke
 
 
@@ -144,10 +144,10 @@ class Dispatcher:
             self._revoke(request)
             request = launch.youngest()
 
-    def make_room(self, lane: Lane) -> None:
-        """A realtime request waits in ``lane``: revoke as much as all waiting there need and is not coming anyway."""
-        launches = lane.launches
-        short = max(one.wanted for one in launches) - sum(one.free + one.returning for one in launches)
+    def make_room(self, launches: Sequence[Launch]) -> None:
+        """Revoke as much as the realtime requests that wait for any of ``launches`` need and is not coming anyway."""
+        wanted = max(one.wanted for one in launches)
+        short = wanted - sum(one.free + one.returning for one in launches) if wanted else 0
         while short > 0:
             youngest = [request for one in launches if (request := one.youngest()) is not None]
             if not youngest:

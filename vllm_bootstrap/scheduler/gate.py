@@ -285,6 +285,7 @@ class Gate:
         lease = self._revocable.pop(effect.request, None)
         if lease is None or not lease.may_be_revoked:
             self._admission.kept(effect.request)
+            self._carry_out()
             return
         if self._watcher is not None:
             model = self._admission.model_of(effect.request)

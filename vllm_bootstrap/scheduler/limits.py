@@ -28,6 +28,7 @@ from vllm_bootstrap.scheduler.window import WINDOW_S, Entry, Moments, Window
 # Names of header lines. All of a key's minute is free again after a minute at most.
 _REQUESTS = (b"x-ratelimit-limit-requests", b"x-ratelimit-remaining-requests", b"x-ratelimit-reset-requests")
 _TOKENS = (b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens")
+MANY_ACCOUNTS = 1000
 _SECONDS = tuple(b"%ds" % seconds for seconds in range(int(WINDOW_S) + 1))
 
 Lines = tuple[tuple[bytes, bytes], ...]
@@ -97,16 +98,21 @@ class Account:
         self.requests = Moments()
         self.tokens = Window()
 
+    def is_blank(self, now: float) -> bool:
+        """Whether a new one would say the same."""
+        return not (self.parallel or self.requests.total(now) or self.tokens.total(now))
+
 
 class KeyLimits:
     """The accounts of all keys. Keys without limits cost little more than a dictionary look-up."""
 
     def __init__(self) -> None:
         self._accounts: dict[str, Account] = {}
+        self._most = MANY_ACCOUNTS
 
     def check(self, principal: Principal, ticket: Ticket, now: float) -> None:
         """Raise if one more request of ``principal`` would break its limits. Changes nothing."""
-        account = self._accounts.get(principal.name) or self._open(principal.name)
+        account = self._accounts.get(principal.name) or self._open(principal.name, now)
         most = principal.max_parallel
         if most is not None and account.parallel >= most:
             raise ConcurrencyLimit(
@@ -164,7 +170,7 @@ class KeyLimits:
         most, most_tokens = principal.requests_per_minute, principal.tokens_per_minute
         if most is None and most_tokens is None:
             return None
-        account = self._accounts.get(principal.name) or self._open(principal.name)
+        account = self._accounts.get(principal.name) or self._open(principal.name, now)
         requests = None if most is None else _share(account.requests, most, now)
         return RateState(requests, None if most_tokens is None else _share(account.tokens, most_tokens, now))
 
@@ -178,9 +184,14 @@ class KeyLimits:
         account = self._accounts.get(name)
         return 0 if account is None else account.enqueued
 
-    def _open(self, name: str) -> Account:
-        """The account of a key that is new here. Nobody else makes names up, so there are few."""
-        account = self._accounts[name] = Account()
+    def _open(self, name: str, now: float) -> Account:
+        """The account of a key that is new here. Where keys come and go, those that say nothing any more go too, each
+        time there are twice as many as were needed."""
+        accounts = self._accounts
+        if len(accounts) >= self._most:
+            self._accounts = accounts = {key: one for key, one in accounts.items() if not one.is_blank(now)}
+            self._most = max(MANY_ACCOUNTS, 2 * len(accounts))
+        account = accounts[name] = Account()
         return account
 
 

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from vllm_bootstrap.auth import scopes
+from vllm_bootstrap.auth.guard import ANY_KEY, Guard
 from vllm_bootstrap.auth.keyfile import KeyFileError
 from vllm_bootstrap.auth.keys import CHECK_INTERVAL_S, KeyRing, shared_key
+from vllm_bootstrap.auth.sessions import Sessions
+from vllm_bootstrap.auth.types import RequestHead
 
 TOKEN, OTHER = "first-token-for-the-tests", "second-token-for-the-tests"
 
@@ -74,6 +77,20 @@ def test_a_changed_key_is_no_longer_what_was_admitted(path, clock, change):
     write(path, entry(**change))
     clock.pass_the_interval()
     assert not keys.is_current(principal)
+
+
+def test_a_pass_does_not_outlive_a_key_that_was_revoked_while_it_was_written(path, clock):
+    write(path, entry())
+    keys = load(path, clock)
+    guard = Guard(keys, Sessions(keys, lifetime_s=60), open_access=False)
+    head = RequestHead("POST", "/x", ((b"host", b"localhost"), (b"x-api-key", TOKEN.encode())))
+    principal = guard.admit(head, ANY_KEY)
+    assert principal is not None
+    write(path)
+    clock.pass_the_interval()
+    permit = guard.remember(head, principal)
+    assert permit is not None
+    assert guard.readmit(permit) is None
 
 
 def test_the_file_is_looked_at_once_a_second_at_most(path, clock):

@@ -14,7 +14,8 @@ from tests.support.aio import eventually
 from tests.support.data_plane import LAUNCH, Plane, instance, request, run, running
 from tests.support.malformed import BODY, HONEST, SMUGGLING, chunked, data
 from tests.support.raw_upstream import RawUpstream, Visit, answer
-from vllm_bootstrap.gateway import GatewayLimits
+from vllm_bootstrap.gateway import GatewayLimits, entry
+from vllm_bootstrap.gateway.head import Head, HeadLimits, parse_head
 
 
 @pytest.mark.parametrize("name", SMUGGLING)
@@ -107,6 +108,75 @@ def test_heads_that_come_again_frame_their_bodies_all_the_same(tmp_path: Path, c
             assert [visit.body for visit in engine.requests] == [*bodies, bodies[1]]
             assert plane.in_use() == 0
             assert plane.gateway.body_bytes == 0
+
+    run(main())
+
+
+def test_a_head_that_comes_again_after_keys_were_changed_is_read_anew_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[bytes] = []
+
+    def parse(raw: bytes, limits: HeadLimits) -> Head:
+        read.append(raw)
+        return parse_head(raw, limits)
+
+    async def main() -> None:
+        async with running(tmp_path) as plane, RawUpstream(tmp_path / "e").running() as engine:
+            plane.announce(instance(engine.endpoint))
+            async with plane.wire() as wire:
+                for times in range(6):
+                    if times == 3:
+                        monkeypatch.setattr(entry, "parse_head", parse)
+                        plane.gateway.guard._keys.reload()
+                    await wire.send(request())
+                    assert (await wire.reply()).status == 200
+            assert len(read) == 1
+
+    run(main())
+
+
+@pytest.mark.parametrize("known", [0, 2])
+@pytest.mark.parametrize("how", ["length", "chunks"])
+def test_a_refusal_at_the_end_of_a_body_does_not_disturb_what_was_sent_ahead(
+    tmp_path: Path, known: int, how: str
+) -> None:
+    """The answer is given from within the parser, which must not be called for the next request until it returns."""
+    body = b'{"model": "nope", "prompt": "x"}'
+    bad = request(raw_body=body) if how == "length" else data(chunked(body))
+    good = [request(headers=[("X-Request-Id", str(number))]) for number in range(3)]
+
+    async def main() -> None:
+        async with running(tmp_path) as plane, RawUpstream(tmp_path / "e").running() as engine:
+            plane.announce(instance(engine.endpoint))
+            async with plane.wire() as wire:
+                for _ in range(known):
+                    await wire.send(request())
+                    assert (await wire.reply()).status == 200
+                await wire.send(bad[:-10])
+                await eventually(lambda: len(plane.gateway.inflight) == 1)
+                await wire.send(bad[-10:] + (b"".join(good) if how == "length" else b""))
+                assert (await wire.reply()).code == "model_not_found"
+                if how == "chunks":  # what comes behind chunks in one piece costs the connection (see below)
+                    await wire.send(b"".join(good))
+                replies = [await wire.reply() for _ in good]
+            assert [(reply.status, reply.header("x-request-id")) for reply in replies] == [
+                (200, "0"), (200, "1"), (200, "2"),
+            ]  # fmt: skip
+            assert len(engine.requests) == known + len(good)
+            assert plane.in_use() == plane.gateway.body_bytes == 0
+
+    run(main())
+
+
+def test_a_bad_head_behind_a_head_request_is_refused_in_full(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running(tmp_path) as plane, plane.wire() as wire:
+            await wire.send(request("HEAD", "/control"))
+            assert (await wire.reply(head_only=True)).status == 200
+            await wire.send(b"no request\r\n\r\n")
+            assert (await wire.reply()).code == "bad_request"
+            assert await wire.at_end() == b""
 
     run(main())
 

@@ -228,6 +228,39 @@ def test_batch_that_has_begun_stays(tmp_path: Path) -> None:
     run(main())
 
 
+def test_batch_of_which_the_client_has_seen_the_head_stays(tmp_path: Path) -> None:
+    """A refusal may come in two pieces. To answer anew after the first one would be two answers in one."""
+    go = asyncio.Event()
+    refusal = answer(b'{"error":{}}', status=b"400 Bad Request")
+
+    async def script(visit: Visit) -> None:
+        if visit.header(b"x-vllm-priority") == [b"0"]:
+            await visit.send(answer())
+            return
+        await visit.send(refusal[:-12])
+        await go.wait()
+        await visit.send(refusal[-12:])
+
+    async def main() -> None:
+        async with running(tmp_path) as plane, RawUpstream(tmp_path / "e", script).running() as engine:
+            plane.announce(instance(engine.endpoint, slots=1))
+            async with plane.wire() as batch, plane.wire() as chat:
+                await batch.send(request(key="sk-batch"))
+                assert (await batch.head())[0] == 400
+                await chat.send(request())
+                await eventually(lambda: plane.queued() == 1)
+                await asyncio.sleep(0.05)
+                assert len(engine.requests) == 1
+                go.set()
+                assert await batch.reader.readexactly(12) == b'{"error":{}}'
+                assert (await chat.reply()).status == 200
+                await batch.send(request(key="sk-batch"))
+                assert (await batch.reply()).status == 400
+            await leaves_nothing(plane)
+
+    run(main())
+
+
 # Ended from outside
 
 
@@ -372,6 +405,24 @@ def test_a_revoked_key_ends_what_waits_and_on_wish_what_runs(tmp_path: Path, cut
                 assert plane.queued() == 1
                 assert plane.in_use() == 1
             assert KEYS["sk-admin"].name in {one.owner for one in plane.gateway.inflight.list()}
+
+    run(main())
+
+
+def test_a_revoked_key_is_noticed_while_nobody_asks(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running(tmp_path) as plane, RawUpstream(tmp_path / "e", stream_once).running() as engine:
+            plane.announce(instance(engine.endpoint, slots=1))
+            runs, waits = await plane.connect(), await plane.connect()
+            await runs.send(request(body=STREAM))
+            await runs.head()
+            await waits.send(request())
+            await eventually(lambda: plane.queued() == 1)
+            keys = plane.gateway.guard._keys
+            keys._shared, keys._path = (), tmp_path / "keys.json"
+            keys._path.write_text('{"keys": []}')
+            reply = await waits.reply()
+            assert (reply.status, reply.code) == (401, "invalid_api_key")
 
     run(main())
 

@@ -453,3 +453,22 @@ def test_external_engines_over_tls(tmp_path: Path) -> None:
             assert (reply.status, reply.body) == (200, b"data: secret\n\n")
 
     run(main())
+
+
+def test_what_was_understood_reaches_the_client_before_the_cut(tmp_path: Path) -> None:
+    """Else it would look like a request that nobody had begun to answer."""
+
+    async def script(visit: Visit) -> None:
+        await visit.send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\nno length\r\n")
+
+    async def main() -> None:
+        async with running(tmp_path) as plane, RawUpstream(tmp_path / "e", script).running() as engine:
+            plane.announce(instance(engine.endpoint))
+            async with plane.wire() as wire:
+                await wire.send(request())
+                status, _, _ = await wire.head()
+                assert status == 200
+                assert await wire.at_end() == b"5\r\nhello\r\n"
+            assert [record.code for record in plane.records] == ["upstream_error"]
+
+    run(main())

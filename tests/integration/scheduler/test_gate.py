@@ -374,6 +374,28 @@ def test_a_revocation_that_its_holder_cannot_follow(why: str) -> None:
     run(main())
 
 
+def test_when_one_cannot_follow_another_is_asked() -> None:
+    async def main() -> None:
+        gate, _, events = by_hand()
+        gate.update(advert(2))
+        older, younger = Holder(gate, BULK), Holder(gate, BULK)
+        realtime = Holder(gate, ME)
+        assert younger.lease is not None
+        younger.lease.on_revoked = None
+        await eventually(lambda: realtime.lease)
+        assert (older.revoked, younger.revoked) == (1, 0)
+        assert kinds(events).count(("revoked", "batch")) == 1
+        assert realtime.lease is not None
+        realtime.lease.release()
+        younger.lease.release()
+        await eventually(lambda: older.lease)
+        assert older.lease is not None
+        older.lease.release()
+        assert at_rest(gate)
+
+    run(main())
+
+
 def test_an_unreachable_engine_is_left_for_another_and_probed_by_others() -> None:
     async def main() -> None:
         gate, _, events = by_hand()

@@ -61,6 +61,9 @@ def test_a_familiar_head_is_rendered_once_for_each_engine_and_class_and_anew_for
     assert all(memory.rendered[key] is value for key, value in known.items())
     restarted = replace(INSTANCE, endpoint=Endpoint(uds="/y", credential="another"))
     assert "authorization: Bearer another" in sent(again, restarted)
+    for number in range(2 * headers.MOST_RENDERED):  # launches come and go, a head may be in use for months
+        assert sent(again, replace(INSTANCE, launch_id=f"l{number}")) == sent(first)
+    assert len(memory.rendered) <= headers.MOST_RENDERED
 
 
 def test_batch_goes_later() -> None:
@@ -219,6 +222,8 @@ def test_nothing_is_read_from_a_compressed_answer() -> None:
 def test_what_is_known_of_engines_heads_is_bounded() -> None:
     long = [(b"x-long", b"a" * headers.MOST_KEPT_BYTES)]
     assert headers.answer_head(200, long) is not headers.answer_head(200, long)
+    dropped = [(b"set-cookie", b"a" * headers.MOST_KEPT_BYTES)]  # no client gets it, but it would be kept as well
+    assert headers.answer_head(200, dropped) is not headers.answer_head(200, dropped)
     first = headers.answer_head(200, [(b"x-number", b"-1")])
     for number in range(headers.MOST_KEPT_HEADS):
         headers.answer_head(200, [(b"x-number", b"%d" % number)])

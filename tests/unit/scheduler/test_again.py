@@ -115,8 +115,43 @@ def test_one_that_stays_although_it_was_taken_back_is_not_counted_on_any_more() 
     desk.ask()
     assert desk.revoked == [younger]
     desk.admission.kept(younger)
+    desk.take()
+    assert desk.revoked == [younger, older], "who waits needs another place"
+
+
+def test_one_that_begins_although_it_was_taken_back_is_not_counted_on_any_more() -> None:
+    desk = Desk(launch(slots=2))
+    older, younger = (desk.ask(cls="batch", replayable=True) for _ in range(2))
     desk.ask()
+    assert desk.revoked == [younger]
+    desk.begin(younger)
     assert desk.revoked == [younger, older]
+    desk.admission.kept(younger)
+    desk.take()
+    assert desk.revoked == [younger, older]
+
+
+def test_a_place_that_is_lost_with_its_launch_is_made_elsewhere() -> None:
+    desk = Desk(launch("a", slots=1), launch("b", slots=1))
+    there, here = (desk.ask(cls="batch", replayable=True) for _ in range(2))
+    assert desk.granted == {there: "a", here: "b"}
+    desk.ask()
+    assert desk.revoked == [here]
+    desk.say(launch("b", state="stopping", routable=False))
+    assert desk.revoked == [here, there]
+
+
+def test_nothing_is_taken_back_for_nobody() -> None:
+    desk = Desk(launch(slots=4))
+    for _ in range(4):
+        desk.ask(cls="batch", replayable=True)
+    desk.budgets[0].too_many = 1
+    desk.tick(1.0)
+    (revoked,) = desk.revoked
+    desk.budgets[0].too_many = 0
+    desk.say(launch(slots=1))
+    desk.begin(revoked)
+    assert desk.revoked == [revoked]
 
 
 def test_an_ejected_launch_refuses_what_only_it_can_serve_and_keeps_what_runs() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from vllm_bootstrap.auth.types import Principal
 from vllm_bootstrap.errors import BadRequest, ConcurrencyLimit, TooManyRequests
-from vllm_bootstrap.scheduler.limits import Charge, KeyLimits, RateState, Share
+from vllm_bootstrap.scheduler.limits import MANY_ACCOUNTS, Charge, KeyLimits, RateState, Share
 from vllm_bootstrap.scheduler.tickets import Ticket
 
 FREE = Principal("free", frozenset({"realtime"}))
@@ -44,6 +44,23 @@ def test_a_key_without_limits_is_never_refused() -> None:
         accept(limits, FREE, 0.0)
     assert limits.parallel("free") == 1000
     assert limits.rate(FREE, 0.0) is None
+
+
+def test_keys_that_come_and_go_leave_nothing_behind() -> None:
+    limits = KeyLimits()
+    accept(limits, PARALLEL, 0.0)
+    accept(limits, RATED, 0.0)
+    for number in range(10 * MANY_ACCOUNTS):
+        one = Principal(f"job-{number}", frozenset({"realtime"}), requests_per_minute=1, tokens_per_minute=10)
+        leave(limits, one, accept(limits, one, float(number)))
+    assert len(limits._accounts) <= MANY_ACCOUNTS
+    assert limits.parallel("parallel") == 1
+    last = 10.0 * MANY_ACCOUNTS
+    for number in range(2 * MANY_ACCOUNTS):
+        limits.rate(Principal(f"later-{number}", frozenset({"realtime"}), requests_per_minute=1), last + 61)
+    accept(limits, RATED, last + 62)
+    assert remaining(limits, RATED, last + 62) == 2
+    assert limits.parallel("parallel") == 1
 
 
 def test_parallel_requests_are_counted_until_they_end() -> None:
