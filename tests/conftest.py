@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TMPDIR"] = str(folder)
     if config.option.basetemp is None:
         config.option.basetemp = str(folder / "t")
+    # A shell that starts a run in the background has it ignore Ctrl-C, and so would all that the tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.pluginmanager.register(OwnTempFolder(folder), "own-temp-folder")
     if os.environ.get("CI"):
         config.pluginmanager.register(SkipList(HERE / "skips.txt"), "skip-list")
