@@ -63,8 +63,9 @@ def test_kill_minus_nine_of_any_process_takes_all_of_them_and_frees_the_gpus(dae
 
 
 def test_an_exit_with_zero_that_nobody_asked_for_is_a_crash_and_restarted(daemon):
+    # The answer that shows it ready counts as well.
     status = daemon.ready(
-        knobs={"exit-zero-after": 1}, restart={"policy": "on-failure", "max_attempts": 2, "backoff_s": 0.1}
+        knobs={"exit-zero-after": 2}, restart={"policy": "on-failure", "max_attempts": 2, "backoff_s": 0.1}
     )
     launch_id = status["launch_id"]
     asked = {"model": "sim", "prompt": "a", "max_tokens": 1}
