@@ -11,6 +11,7 @@ request's ``release``. Must not know: HTTP, connections, processes. Everything h
 from __future__ import annotations
 
 import asyncio
+import math
 from asyncio import get_running_loop
 from collections.abc import Callable
 from time import monotonic
@@ -72,15 +73,17 @@ class Gate:
 
     def update(self, advert: Advert) -> None:
         """A launch announced itself or changed. Waiting requests are granted or rejected accordingly."""
-        self._admission.update(advert, monotonic())
-        self._carry_out()
+        now = monotonic()
+        self._admission.update(advert, now)
+        self._carry_out(now)
         if advert.instance is None:
             self._withdrawn(advert.launch_id)
 
     def forget(self, launch_id: str) -> None:
         """A launch was deleted. Idempotent."""
-        self._admission.forget(launch_id, monotonic())
-        self._carry_out()
+        now = monotonic()
+        self._admission.forget(launch_id, now)
+        self._carry_out(now)
         self._withdrawn(launch_id)
 
     def on_withdrawn(self, listener: Callable[[str], None]) -> None:
@@ -94,32 +97,37 @@ class Gate:
     def unreachable(self, launch_id: str) -> None:
         """A connection to the engine was refused: it is not chosen any more until ``reachable`` or the announcement of
         another engine. Requests that only it could serve are rejected. Idempotent."""
-        instance = self._admission.eject(launch_id, monotonic())
-        self._carry_out()
+        now = monotonic()
+        instance = self._admission.eject(launch_id, now)
+        self._carry_out(now)
         if instance is not None:
             for listener in self._ejection_listeners:
                 listener(instance)
 
     def reachable(self, launch_id: str) -> None:
         """An ejected engine answers again. Idempotent."""
-        self._admission.readmit(launch_id, monotonic())
-        self._carry_out()
+        now = monotonic()
+        self._admission.readmit(launch_id, now)
+        self._carry_out(now)
 
     def signals(self, launch_id: str, signals: EngineSignals) -> None:
         """What the engine's metrics say now."""
-        self._admission.signals(launch_id, signals, monotonic())
-        self._carry_out()
+        now = monotonic()
+        self._admission.signals(launch_id, signals, now)
+        self._carry_out(now)
 
     def drain(self) -> None:
         """Refuse new requests and reject waiting ones with ``Draining``; running ones go on."""
-        self._admission.drain(monotonic())
-        self._carry_out()
+        now = monotonic()
+        self._admission.drain(now)
+        self._carry_out(now)
 
     # What requests ask
 
     def request(self, target: Target, ticket: Ticket, deadline: float | None = None) -> Lease | Pending:
         """Ask without a task: a lease at once, or a ``Pending`` whose ``notify`` the caller sets before it returns to
-        the loop. ``deadline`` is in loop time. Raises the refusal (see ``admission``)."""
+        the loop. ``deadline`` is in loop time; with infinity it may wait for ever. Raises the refusal (see
+        ``admission``)."""
         self._last_id = request_id = self._last_id + 1
         now = monotonic()
         try:
@@ -127,13 +135,13 @@ class Gate:
         except ApiError as error:
             known = isinstance(target, ByModel) and self._admission.serves(target.name)
             self._rejected(ticket, target[0] if known else "", error)
-            self._carry_out()
+            self._carry_out(now)
             raise
         if grant is None:
-            return self._wait(request_id, ticket, deadline, self._queue_timeout_s)
+            return self._wait(request_id, ticket, deadline, self._queue_timeout_s, now)
         lease = self._lease(grant, ticket, deadline, self._queue_timeout_s)
         if self._outcome.effects or self._outcome.batch_waiting:
-            self._carry_out()
+            self._carry_out(now)
         return lease
 
     async def acquire(self, target: Target, ticket: Ticket, deadline: float | None = None) -> Lease:
@@ -190,9 +198,10 @@ class Gate:
     def began(self, request_id: int, *, streamed: bool) -> None:
         """``Lease.first_byte`` is the way to call this."""
         self._revocable.pop(request_id, None)
-        self._admission.began(request_id, monotonic(), streamed=streamed)
+        now = monotonic()
+        self._admission.began(request_id, now, streamed=streamed)
         if self._outcome.effects or self._outcome.batch_waiting:
-            self._carry_out()
+            self._carry_out(now)
 
     def settled(self, request_id: int, usage: Usage) -> None:
         """``Lease.settle`` is the way to call this."""
@@ -201,41 +210,46 @@ class Gate:
     def finish(self, request_id: int, *, worked: bool) -> None:
         """A lease was released (``Lease.release`` is the way to call this)."""
         self._revocable.pop(request_id, None)
-        self._admission.done(request_id, monotonic(), worked=worked)
+        now = monotonic()
+        self._admission.done(request_id, now, worked=worked)
         if self._outcome.effects or self._outcome.batch_waiting:
-            self._carry_out()
+            self._carry_out(now)
 
     def again(self, request_id: int, lease: Lease) -> Lease | Pending:
         """``Lease.again`` is the way to call this."""
         self._revocable.pop(request_id, None)
         model = self._admission.model_of(request_id)
+        now = monotonic()
         try:
-            grant = self._admission.again(request_id, monotonic())
+            grant = self._admission.again(request_id, now)
         except ApiError as error:
             self._rejected(lease.ticket, model, error)
-            self._carry_out()
+            self._carry_out(now)
             raise
         if grant is None:
-            return self._wait(request_id, lease.ticket, lease.deadline, lease.patience_s)
+            return self._wait(request_id, lease.ticket, lease.deadline, lease.patience_s, now)
         following = self._lease(grant, lease.ticket, lease.deadline, lease.patience_s)
-        self._carry_out()
+        self._carry_out(now)
         return following
 
     def abandon(self, request_id: int) -> None:
         """A waiter went away (``Pending.cancel`` is the way to call this)."""
         if request_id in self._pending:
             self._take(request_id)
-            self._admission.cancel(request_id, monotonic())
-            self._carry_out()
+            now = monotonic()
+            self._admission.cancel(request_id, now)
+            self._carry_out(now)
 
     def _expire(self, request_id: int) -> None:
-        self._admission.expire(request_id, monotonic())
-        self._carry_out()
+        now = monotonic()
+        self._admission.expire(request_id, now)
+        self._carry_out(now)
 
     def _tick(self) -> None:
         self._tick_timer = None
-        self._admission.tick(monotonic())
-        self._carry_out()
+        now = monotonic()
+        self._admission.tick(now)
+        self._carry_out(now)
 
     # Carrying out
 
@@ -253,24 +267,26 @@ class Gate:
         if self._watcher is not None:
             self._watcher.rejected(ticket, model, error)
 
-    def _wait(self, request_id: int, ticket: Ticket, deadline: float | None, patience_s: float) -> Pending:
-        due = monotonic() + patience_s if deadline is None else deadline
+    def _wait(self, request_id: int, ticket: Ticket, deadline: float | None, patience_s: float, now: float) -> Pending:
+        due = now + patience_s if deadline is None else deadline
         pending = Pending(self, request_id, ticket, deadline, due, self._admission.model_of(request_id))
         self._pending[request_id] = pending
-        pending.timer = get_running_loop().call_at(due, self._expire, request_id)
-        self._carry_out()
+        if due != math.inf:
+            pending.timer = get_running_loop().call_at(due, self._expire, request_id)
+        self._carry_out(now)
         return pending
 
-    def _carry_out(self) -> None:
+    def _carry_out(self, now: float) -> None:
         """Tell those concerned what admission has decided, each from a fresh iteration; and be there when it wants to
-        decide again."""
+        decide again. ``now`` is when it decided: what has become possible since then is still to come for it, and
+        asked of any later moment it would not speak of that any more."""
         effects = self._admission.take_effects()
         if effects:
             loop = get_running_loop()
             for effect in effects:
                 if isinstance(effect, Grant):
                     pending = self._take(effect.request)
-                    left = pending.due - monotonic()
+                    left = pending.due - now
                     loop.call_soon(pending.resolve, self._lease(effect, pending.ticket, pending.deadline, left))
                 elif isinstance(effect, Reject):
                     pending = self._take(effect.request)
@@ -279,22 +295,21 @@ class Gate:
                 else:
                     loop.call_soon(self._revoke, effect)
         if self._admission.batch_waiting:
-            self._arm()
+            self._arm(now)
 
     def _revoke(self, effect: Revoke) -> None:
         lease = self._revocable.pop(effect.request, None)
         if lease is None or not lease.may_be_revoked:
             self._admission.kept(effect.request)
-            self._carry_out()
+            self._carry_out(monotonic())
             return
         if self._watcher is not None:
             model = self._admission.model_of(effect.request)
             self._watcher.revoked(lease.ticket, model, lease.instance.launch_id)
         lease.revoke()
 
-    def _arm(self) -> None:
-        """See that ``_tick`` comes when batch budgets change with time alone."""
-        now = monotonic()
+    def _arm(self, now: float) -> None:
+        """See that ``_tick`` comes when batch budgets change with time alone after ``now``."""
         due = self._admission.next_change(now)
         if due is None:
             return

@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,6 +14,7 @@ from tests.support.aio import eventually, run
 from tests.support.budgets import HandBudget
 from vllm_bootstrap.auth.types import Principal
 from vllm_bootstrap.errors import ApiError, ConcurrencyLimit, Draining, LaunchNotReady, QueueFull, Unavailable
+from vllm_bootstrap.scheduler import gate as gate_module
 from vllm_bootstrap.scheduler.gate import ByLaunch, ByModel, Gate, Lease, Pending, Ticket
 from vllm_bootstrap.scheduler.ports import EngineSignals
 from vllm_bootstrap.scheduler.tickets import Grant, Usage, Watcher
@@ -449,6 +454,88 @@ def test_one_timer_wakes_the_gate_when_a_budget_changes() -> None:
         assert batch.lease is not None
         batch.lease.release(worked=False)
         assert at_rest(gate)
+
+    run(main())
+
+
+class OpensLater(HandBudget):
+    """Nothing for batch before ``opens_at``, when nobody needs to say anything."""
+
+    opens_at = math.inf
+
+    def allowance(self, now: float) -> int:
+        return self.slots if now >= self.opens_at else 0
+
+    def next_change(self, now: float) -> float | None:
+        return self.opens_at if now < self.opens_at < math.inf else None
+
+
+class BusyClock:
+    """So busy a machine that every two looks at the clock are ``STEP_S`` apart."""
+
+    STEP_S = 0.02
+
+    def __init__(self) -> None:
+        self.now = time.monotonic()
+
+    def __call__(self) -> float:
+        told, self.now = self.now, self.now + self.STEP_S
+        return told
+
+
+@dataclass
+class Scene:
+    """A batch request waits for its budget to open; another launch, a request that runs and one that waits are there
+    for something else to happen."""
+
+    gate: Gate
+    runs: Lease
+    waits: Pending
+
+
+HAPPENINGS: dict[str, Callable[[Scene], object]] = {
+    "the timer, early": lambda scene: scene.gate._tick(),
+    "a request that waits": lambda scene: scene.gate.request(MODEL, BULK),
+    "a request that need not wait": lambda scene: scene.gate.request(MODEL, ME),
+    "a first byte": lambda scene: scene.runs.first_byte(),
+    "an end": lambda scene: scene.runs.release(),
+    "a place that is left for another": lambda scene: scene.runs.again("revoked"),
+    "a waiter that goes": lambda scene: scene.waits.cancel(),
+    "a waiter that waited too long": lambda scene: scene.gate._expire(scene.waits._id),
+    "what an engine says": lambda scene: scene.gate.signals("a", EngineSignals(running=0)),
+    "a launch that changes": lambda scene: scene.gate.update(advert(5)),
+    "a launch that is deleted": lambda scene: scene.gate.forget("b"),
+    "an engine that cannot be reached": lambda scene: scene.gate.unreachable("b"),
+    "an engine that can be reached again": lambda scene: scene.gate.reachable("a"),
+}
+
+
+@pytest.mark.parametrize("happens", HAPPENINGS.values(), ids=HAPPENINGS)
+def test_a_budget_that_opens_while_the_gate_is_at_work_is_not_missed(
+    monkeypatch: pytest.MonkeyPatch, happens: Callable[[Scene], object]
+) -> None:
+    """Just before its time a decision is made without it, and just after that the gate sees to its next timer."""
+    budgets: list[OpensLater] = []
+
+    def make(slots: int) -> OpensLater:
+        budgets.append(OpensLater(slots))
+        return budgets[-1]
+
+    async def main() -> None:
+        gate = Gate(budget=make)
+        clock = BusyClock()
+        monkeypatch.setattr(gate_module, "monotonic", clock)
+        gate.update(advert(4))
+        runs = await gate.acquire(MODEL, ME)
+        batch = Holder(gate, BULK)
+        waits = gate.request(MODEL, BULK)
+        assert isinstance(waits, Pending)
+        gate.update(advert(4, launch_id="b"))
+        assert gate._tick_timer is None
+        for budget in budgets:
+            budget.opens_at = clock.now + clock.STEP_S / 2
+        happens(Scene(gate, runs, waits))
+        await eventually(lambda: batch.lease)
 
     run(main())
 
