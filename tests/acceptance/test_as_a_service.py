@@ -14,10 +14,17 @@ import pytest
 from tests.support.daemon import DaemonProcess
 
 
-@pytest.fixture
-def service() -> Iterator[DaemonProcess]:
+@pytest.fixture(scope="module")
+def installed() -> Iterator[DaemonProcess]:
     with DaemonProcess(on_shutdown="leave") as daemon:
         yield daemon
+
+
+@pytest.fixture
+def service(installed: DaemonProcess) -> Iterator[DaemonProcess]:
+    yield installed
+    for launch in installed.request("GET", "/launches").json()["data"]:
+        installed.stop_launch(launch["launch_id"], force="true")
 
 
 def test_stop_leaves_models_running_and_start_finds_them(service: DaemonProcess) -> None:
@@ -31,7 +38,7 @@ def test_stop_leaves_models_running_and_start_finds_them(service: DaemonProcess)
 
 
 def test_a_launch_that_is_starting_goes_on_starting(service: DaemonProcess) -> None:
-    launch_id = service.launch(knobs={"boot_delay": 3})
+    launch_id = service.launch(knobs={"boot_delay": 2})
     status = service.wait_state(launch_id, "bootstrapping")
     assert service.stop(signal.SIGTERM) == 0
     service.start()
@@ -57,3 +64,4 @@ def test_stop_all_ends_the_models(service: DaemonProcess) -> None:
     assert service.status(before["launch_id"])["state"] == "stopped"
     assert service.stop(signal.SIGTERM) == 0
     service.assert_no_leftovers(timeout_s=1)
+    service.start()

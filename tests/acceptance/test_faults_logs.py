@@ -14,7 +14,7 @@ from tests.support.waiting import wait_for
 
 MB = 1_000_000
 RATE = 12 * MB
-SILENCE_S = 3.0
+SILENCE_S = 2.0
 ASKED = {"model": "sim", "prompt": "a", "max_tokens": 1}
 
 

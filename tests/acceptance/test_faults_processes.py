@@ -119,16 +119,16 @@ def test_every_death_at_start_is_named_with_a_hint_and_only_passing_ones_are_tri
 
 def test_a_start_without_progress_is_given_up_and_a_slow_one_with_progress_is_not():
     with DaemonProcess(start_timeout_s="2.5", start_stall_timeout_s="2.5", stop_grace_s="1") as daemon:
-        slow = daemon.launch("org/slow", knobs={"download-seconds": 6})
+        slow = daemon.launch("org/slow", knobs={"download-seconds": 4.5})
         stuck = daemon.launch("org/stuck", knobs={"never-ready": True})
+        wait_for(lambda: (daemon.status(slow)["progress"] or {}).get("downloaded_bytes"), 5)
         ended = daemon.wait_state(stuck, "failed", timeout_s=10)
         assert ended["failure"]["class"] == "start_timeout"
-        wait_for(lambda: (daemon.status(slow)["progress"] or {}).get("downloaded_bytes"), 5)
         found = daemon.wait_state(slow, "ready", timeout_s=15)
         began, ready = (found["transitions"][state] for state in ("bootstrapping", "ready"))
         assert ready > began
         events = daemon.request("GET", f"/status/{slow}/events").json()["data"]
-        assert next(e["detail"]["seconds"] for e in events if e["event"] == "became_ready") > 5
+        assert next(e["detail"]["seconds"] for e in events if e["event"] == "became_ready") > 4
         daemon.stop_launch(slow)
         daemon.assert_no_leftovers()
 
@@ -159,7 +159,7 @@ def test_a_frozen_engine_gets_no_requests_until_it_moves_again(frozen):
     with DaemonProcess(devices="mock:1", **times) as daemon:
         status = daemon.ready(knobs={"tokens-per-second": 20})
         launch_id = status["launch_id"]
-        stream = Stream(daemon, launch_id, 50)
+        stream = Stream(daemon, launch_id, 30)
         wait_for(lambda: stream.pieces > 3)
         victim = VICTIMS[frozen](status)
         os.kill(victim, signal.SIGSTOP)

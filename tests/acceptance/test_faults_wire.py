@@ -10,7 +10,8 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from websockets.server import ServerProtocol
 
 from tests.support.aio import eventually
 from tests.support.daemon import DaemonProcess
-from tests.support.data_plane import Reply, Wire, request
+from tests.support.data_plane import Reply, Wire, ask_on, request, wire_to
 from tests.support.malformed import AFTER_HEADERS, BEFORE_HEADERS, BODY, BROKEN, HONEST, SMUGGLING
 from tests.support.raw_upstream import EVENTS, LAST_CHUNK, RawUpstream, Script, Visit, answer, chunk
 
@@ -86,18 +87,11 @@ class Box:
         assert self.runner.run(self.ask()).body == LISTED  # whatever that was, nobody else suffers from it
         self.script = None
 
-    @contextlib.asynccontextmanager
-    async def wire(self) -> AsyncIterator[Wire]:
-        wire = Wire(*await asyncio.open_connection(*self.daemon.address, limit=8 * MIB))
-        try:
-            yield wire
-        finally:
-            wire.close()
+    def wire(self) -> AbstractAsyncContextManager[Wire]:
+        return wire_to(self.daemon.address, 8 * MIB)
 
     async def ask(self, *args: Any, **kwargs: Any) -> Reply:
-        async with self.wire() as wire:
-            await wire.send(request(*args, **kwargs))
-            return await wire.reply(head_only=bool(args) and args[0] == "HEAD")
+        return await ask_on(self.wire(), *args, **kwargs)
 
     def rss_mb(self) -> float:
         lines = Path(f"/proc/{self.daemon.pid}/status").read_text().splitlines()

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 
 import openai
 import pytest
@@ -204,9 +205,10 @@ def test_stopping_a_group_stops_all_of_it_and_says_how(daemon):
     group_id, ids = group["group_id"], ids_of(group)
     accepted = stop(daemon, group_id, wait="false")
     assert accepted.status == 202
-    began = time.monotonic()
     ended = stop(daemon, group_id).json()
-    assert time.monotonic() - began < 4 * 0.5 + 1, "they stop beside each other"
+    steps = [launch["transitions"] for launch in daemon.status(group_id)["replicas"]]
+    begun, over = ([datetime.fromisoformat(step[name]) for step in steps] for name in ("stopping", "stopped"))
+    assert max(begun) < min(over), "they stop beside each other"
     assert (ended["launch_id"], ended["state"], ended["forced"], ended["unsettled_gpus"]) == (
         group_id, "stopped", False, [],
     )  # fmt: skip
@@ -343,7 +345,7 @@ def test_a_killed_daemon_finds_its_groups_again():
 
 
 def test_a_daemon_killed_while_it_accepts_a_group_has_all_of_it_or_nothing():
-    with DaemonProcess(devices="mock:4", stop_grace_s="2") as daemon:
+    with DaemonProcess(devices="mock:2", stop_grace_s="2") as daemon:
         for pause_s in (0.0, 0.01, 0.03, 0.1):
             sent = threading.Thread(target=_send_quietly, args=(daemon,))
             sent.start()
@@ -352,13 +354,13 @@ def test_a_daemon_killed_while_it_accepts_a_group_has_all_of_it_or_nothing():
             sent.join(20)
             daemon.start()
             active = daemon.request("GET", "/launches").json()["data"]
-            assert len(active) in {0, 4}
+            assert len(active) in {0, 2}
             if active:
                 (group_id,) = {launch["group_id"] for launch in active}
                 for launch in active:
                     daemon.wait_state(launch["launch_id"], "ready", timeout_s=40)
                 stop(daemon, group_id)
-            assert len(free_gpus(daemon)) == 4
+            assert len(free_gpus(daemon)) == 2
             assert orphans.marked(daemon.state_id) == []
         daemon.assert_no_leftovers()
 
@@ -378,7 +380,8 @@ def test_the_client_launches_waits_for_and_stops_a_group(daemon):
         with client.launched("sim", engine="simulator", replicas=2, gpu_count=1) as launch:
             group = client.group(launch.id)
             assert (group.ready, len(group.replicas)) == (2, 2)
-            answer = launch.openai().completions.create(model=launch.served_model_name, prompt="one", max_tokens=1)
+            with launch.openai() as stock:
+                answer = stock.completions.create(model=launch.served_model_name, prompt="one", max_tokens=1)
             assert answer.choices[0].text
         assert client.group(launch.id).state == "stopped"
         assert [event.event for event in client.events(launch.id)].count("became_ready") == 2

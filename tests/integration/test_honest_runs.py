@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import leftovers, skips
+from tests.support.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,7 +79,8 @@ def test_a_detached_process_is_found_by_what_it_refers_to(tmp_path: Path, how: s
             start_new_session=True,
         )
     try:
-        found = leftovers.processes_referring_to(folder)
+        # For a moment after exec the kernel shows neither command line nor environment.
+        found = wait_for(lambda: leftovers.processes_referring_to(folder))
         assert [(left.pid, left.because) for left in found] == [(process.pid, how)]
         leftovers.kill(found)
         assert process.wait(timeout=5) == -9

@@ -550,7 +550,7 @@ class AdmissionMachine(RuleBasedStateMachine):
 
 
 TestAdmission = AdmissionMachine.TestCase
-TestAdmission.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestAdmission.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 
 
 @settings(max_examples=200, deadline=None)

@@ -186,7 +186,7 @@ class LimitsMachine(RuleBasedStateMachine):
                 assert share is None or (share.remaining, share.reset_s) == (share.limit, 0.0)
 
 
-LimitsMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+LimitsMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestLimits = LimitsMachine.TestCase
 
 

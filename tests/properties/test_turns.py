@@ -131,5 +131,5 @@ class TurnsMachine(RuleBasedStateMachine):
         assert not getattr(self, "waiting", None)
 
 
-TurnsMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+TurnsMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
 TestTurns = TurnsMachine.TestCase

@@ -8,6 +8,7 @@ import json
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Coroutine, Iterable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -103,19 +104,12 @@ class Plane:
         self.wires.append(Wire(reader, writer))
         return self.wires[-1]
 
-    @contextlib.asynccontextmanager
-    async def wire(self) -> AsyncIterator[Wire]:
-        wire = await self.connect()
-        try:
-            yield wire
-        finally:
-            wire.close()
+    def wire(self) -> AbstractAsyncContextManager[Wire]:
+        return wire_to(("127.0.0.1", self.port))
 
     async def ask(self, *args: Any, **kwargs: Any) -> Reply:
         """One request on a connection of its own."""
-        async with self.wire() as wire:
-            await wire.send(request(*args, **kwargs))
-            return await wire.reply(head_only=bool(args) and args[0] == "HEAD")
+        return await ask_on(self.wire(), *args, **kwargs)
 
     def in_use(self) -> int:
         """Slots taken on all launches."""
@@ -199,6 +193,23 @@ class Wire:
 
     def close(self) -> None:
         self.writer.transport.abort()
+
+
+@contextlib.asynccontextmanager
+async def wire_to(address: tuple[str, int], limit: int = 2**16) -> AsyncIterator[Wire]:
+    """A connection that is cut at the end. ``limit``: bytes of the longest head or line that is read."""
+    wire = Wire(*await asyncio.open_connection(*address, limit=limit))
+    try:
+        yield wire
+    finally:
+        wire.close()
+
+
+async def ask_on(fresh: AbstractAsyncContextManager[Wire], *args: Any, **kwargs: Any) -> Reply:
+    """One request (``request`` says of what) on a connection of its own."""
+    async with fresh as wire:
+        await wire.send(request(*args, **kwargs))
+        return await wire.reply(head_only=bool(args) and args[0] == "HEAD")
 
 
 def request(

@@ -345,14 +345,14 @@ async def _drip(plane: Plane, start: bytes) -> int:
 
 def test_a_body_that_keeps_coming_is_not_cut(tmp_path: Path) -> None:
     async def main() -> None:
-        limits = GatewayLimits(body_timeout_s=0.2)
+        limits = GatewayLimits(body_timeout_s=0.5)
         async with running(tmp_path, limits) as plane, RawUpstream(tmp_path / "e").running() as engine:
             plane.announce(instance(engine.endpoint))
             raw = request(body={"model": "model", "prompt": "x" * 60_000})
             async with plane.wire() as wire:
                 for at in range(0, len(raw), 4000):
                     await wire.send(raw[at : at + 4000])
-                    await asyncio.sleep(0.03)  # the pace is the point: 0.45 s in all
+                    await asyncio.sleep(0.05)  # the pace is the point: 0.8 s in all
                 assert (await wire.reply()).status == 200
 
     run(main())

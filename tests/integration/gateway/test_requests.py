@@ -334,7 +334,7 @@ def test_a_full_queue_a_deadline_and_a_drain(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with (
-            running(tmp_path, max_queued=1, queue_timeout_s=0.2) as plane,
+            running(tmp_path, max_queued=1, queue_timeout_s=0.8) as plane,
             RawUpstream(tmp_path / "e", script).running() as engine,
         ):
             plane.announce(instance(engine.endpoint, slots=1))

@@ -272,13 +272,13 @@ def test_when_one_side_goes_the_other_hears_of_it(tmp_path: Path, who: str) -> N
 def test_an_open_websocket_outlives_the_limits_for_requests(tmp_path: Path) -> None:
     async def main() -> None:
         limits = GatewayLimits(
-            header_timeout_s=0.1, body_timeout_s=0.1, keep_alive_s=0.1, upstream_first_byte_timeout_s=0.1,
-            upstream_idle_timeout_s=0.1,
+            header_timeout_s=0.4, body_timeout_s=0.4, keep_alive_s=0.4, upstream_first_byte_timeout_s=0.4,
+            upstream_idle_timeout_s=0.4,
         )  # fmt: skip
         async with running(tmp_path, limits) as plane, speaking(tmp_path, echo) as (endpoint, _):
             plane.announce(instance(endpoint))
             async with dial(plane, PATHS[0]) as client:
-                await asyncio.sleep(0.4)  # silence is the point
+                await asyncio.sleep(0.9)  # silence is the point
                 await client.send("still there")
                 assert await client.recv() == "still there"
 

@@ -107,7 +107,7 @@ def test_shim_and_daemon_gone_nothing_survives():
 def test_killed_before_the_handle_was_stored_begins_again():
     async def main():
         world = await World().__aenter__()
-        view = await world.launch(knobs={"boot-delay": 5})
+        view = await world.launch(knobs={"boot-delay": 1})
         await world.abandon()  # at the very beginning: the attempt has not got far
         async with World(world.home) as world:
             found = await world.until(view.launch_id, "ready", "failed", timeout=25)

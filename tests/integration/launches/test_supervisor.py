@@ -68,15 +68,16 @@ def test_a_second_start_knows_how_long_the_first_took():
 def test_exit_zero_without_our_stop_is_a_crash_and_is_restarted_up_to_the_cap():
     async def main():
         async with World() as world:
-            view = await world.ready(knobs={"exit-zero-after": 1}, restart_policy="on-failure")
-            await world.chat(view.launch_id)
+            # The answer that shows it ready counts as well.
+            view = await world.ready(knobs={"exit-zero-after": 2}, restart_policy="on-failure")
+            assert await world.chat(view.launch_id) == 200
             await eventually(lambda: world.supervisor.get(view.launch_id).attempt == 2, 20)
             view = await world.until(view.launch_id, "ready")
             await world.supervisor.stop(view.launch_id)
 
         async with World() as world:
-            view = await world.ready(knobs={"exit-zero-after": 1})
-            await world.chat(view.launch_id)
+            view = await world.ready(knobs={"exit-zero-after": 2})
+            assert await world.chat(view.launch_id) == 200
             view = await world.until(view.launch_id, "failed")
             assert view.failure.failure_class == "engine_died"
             assert view.failure.exit_code == 0
@@ -170,7 +171,7 @@ def test_never_ready_without_progress_times_out_and_frees_the_gpu():
 
 def test_hung_engine_is_flagged_and_given_up_in_the_end():
     async def main():
-        async with World(unresponsive_after_s=0.5, unhealthy_after_s=3.0) as world:
+        async with World(unresponsive_after_s=0.5, unhealthy_after_s=1.5) as world:
             view = await world.ready(knobs={"hang-after": 1})
             request = background(world.chat(view.launch_id, timeout_s=30))
             await eventually(lambda: world.supervisor.get(view.launch_id).unresponsive, 10)
@@ -270,11 +271,15 @@ def test_memory_that_does_not_come_back_makes_the_gpu_unsettled_until_it_does():
 def test_stop_at_any_moment_of_the_start_leaves_nothing():
     async def main():
         async with World() as world:
-            for step in range(12):
+
+            async def one(step: int) -> None:
                 view = await world.launch(knobs={"boot-delay": 0.3})
                 await asyncio.sleep(step * 0.06)
                 outcome = await asyncio.wait_for(world.supervisor.stop(view.launch_id), 15)
                 assert outcome.state == "stopped"
+
+            for step in range(0, 12, 2):  # one on each GPU
+                await asyncio.gather(one(step), one(step + 1))
             assert world.ledger.owners("GPU-mock-0") == ()
             assert list((world.home / "run").rglob("*.sock")) == []
 

@@ -9,6 +9,7 @@ from tests.support.world import World
 from vllm_bootstrap.engines import probe
 from vllm_bootstrap.engines.simulator_engine import SimulatorEngine
 from vllm_bootstrap.errors import StorageFull
+from vllm_bootstrap.launches import supervisor
 
 
 class CannotBeCommanded(SimulatorEngine):
@@ -68,7 +69,9 @@ def test_an_engine_that_cannot_be_watched_is_ended_and_says_so(monkeypatch):
     run(main())
 
 
-def test_shutting_down_does_not_wait_for_a_full_disk():
+def test_shutting_down_does_not_wait_for_a_full_disk(monkeypatch):
+    monkeypatch.setattr(supervisor, "WRITING_PATIENCE_S", 0.5)
+
     async def main():
         world = await World().__aenter__()
         view = await world.ready()
@@ -77,7 +80,7 @@ def test_shutting_down_does_not_wait_for_a_full_disk():
             raise StorageFull("no room")
 
         world.store.transition = full
-        await asyncio.wait_for(world.supervisor.stop_all(), 12)
+        await asyncio.wait_for(world.supervisor.stop_all(), 7)
         async with await world.restart() as following:
             found = await following.until(view.launch_id, "stopped")
             assert found.failure is None

@@ -65,7 +65,7 @@ def parser(version):
     return made
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     version=st.sampled_from(VERSIONS),
     model=texts,
