@@ -155,6 +155,27 @@ def test_told_to_leave_it_leaves_models_running_and_finds_them_again(signals):
         assert daemon.wait_state(loading, "ready")["attempt"] == 1
 
 
+def test_told_to_stop_it_says_so_to_streams_that_engines_leave_unfinished():
+    """One engine goes at once, one is killed when its grace is over; neither is blamed."""
+    with DaemonProcess(devices="mock:2", stop_grace_s="1") as daemon:
+        meek = daemon.ready(gpu_ids=[0])["launch_id"]
+        stubborn = daemon.ready(gpu_ids=[1], knobs={"ignore-sigterm": True})["launch_id"]
+        with contextlib.ExitStack() as stack:
+            streams = []
+            for launch in (meek, stubborn):
+                stream = stack.enter_context(contextlib.closing(daemon.connection()))
+                body = json.dumps({**ASKED, "max_tokens": 4000, "ignore_eos": True, "stream": True})
+                stream.request("POST", f"/proxy/{launch}/v1/completions", body, {"content-type": "application/json"})
+                streams.append(stream.getresponse())
+                assert streams[-1].readline().startswith(b"data: ")
+            daemon.send_signal(signal.SIGTERM)
+            for stream in streams:
+                rest = stream.read()
+                assert json.loads(rest.rpartition(b"data: ")[2])["error"]["code"] == "draining"
+                assert b"[DONE]" not in rest
+        assert daemon.process.wait(15) == 0
+
+
 def test_told_to_stop_it_ends_everything_within_ten_seconds():
     """With the grace as it is by default and engines that do their worst."""
     with DaemonProcess(devices="mock:4", stop_grace_s="7") as daemon:

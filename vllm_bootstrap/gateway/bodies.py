@@ -3,8 +3,6 @@
 Invariant: a body is parsed once, and an edit replaces the bytes of one top-level member and nothing else; everything
 a client wrote beside it arrives as it was written. Two readers never see different values: duplicate top-level names
 are refused. Knows no sockets, keys or engines beyond the plain facts passed in.
-
-Refused fields run code, read other people's data, or bind scheduling to a client's wish: see ``REFUSED``.
 """
 
 from __future__ import annotations
@@ -17,20 +15,13 @@ from dataclasses import dataclass, field
 from json.decoder import scanstring  # type: ignore[attr-defined]  # the stubs lack it
 from typing import Any
 
-from vllm_bootstrap.errors import BadRequest, InvalidJson, PayloadTooLarge
+from vllm_bootstrap.errors import BadRequest, InvalidJson
+from vllm_bootstrap.refused import REFUSED, refuse_fields, refuse_too_fine
 
-REFUSED: Mapping[str, str] = {
-    "kv_transfer_params": "moves key-value caches between engines",
-    "mm_processor_kwargs": "changes how the engine preprocesses media",
-    "media_io_kwargs": "changes how the engine reads media",
-    "chat_template": "runs a template of the client's in the engine",
-    "vllm_xargs": "reaches internals of the engine",
-    "prompt_embeds": "is deserialised by the engine as a tensor",
-    "logits_processors": "names code to run in the engine",
-}
-"""Top-level fields that no client may set, with the reason. ``chat_template_kwargs`` may not smuggle one of them in."""
-
-_REFUSED_NAMES = frozenset(REFUSED)
+__all__ = [
+    "MAX_FIELDS", "OVERWRITTEN", "REFUSED", "USAGE_ON_REQUEST", "JsonBody", "Span", "Written", "asking_for_usage",
+    "check_sequences", "parse", "refuse_fields", "refuse_remote_media", "sequences", "with_members",
+]  # fmt: skip
 
 OVERWRITTEN = "priority"
 """Taken away or replaced by the scheduler's own value; never refused, since stock clients may send it."""
@@ -38,7 +29,7 @@ OVERWRITTEN = "priority"
 USAGE_ON_REQUEST = frozenset({"/v1/chat/completions", "/v1/completions"})
 """Routes whose streams carry token counts only when ``stream_options`` asks for them."""
 
-MAX_FIELDS, MAX_CONTAINERS, MAX_SEPARATORS = 1_000, 500_000, 2_000_000
+MAX_FIELDS = 1_000
 
 _MEMBER = re.compile(r'[ \t\n\r]*"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*')
 _BLANK = re.compile(r"[ \t\n\r]*")
@@ -106,14 +97,7 @@ class JsonBody:
 
 def parse(raw: bytes) -> JsonBody:
     """Parse a body that must be a JSON object in UTF-8. Raises ``InvalidJson``, ``BadRequest``, ``PayloadTooLarge``."""
-    # Counted before parsing, text inside strings included: a few bytes each would otherwise become an object each, and
-    # nobody else is served while a million of them are made.
-    large = len(raw) > MAX_CONTAINERS
-    if large and (raw.count(b"[") + raw.count(b"{") > MAX_CONTAINERS or raw.count(b",") > MAX_SEPARATORS):
-        raise PayloadTooLarge(
-            f"The body is too finely structured: at most {MAX_CONTAINERS} brackets and {MAX_SEPARATORS} commas. "
-            "Send it as several requests."
-        )
+    refuse_too_fine(raw)
     try:
         body = JsonBody(raw, raw.decode())
         if not _read_at_once(body):
@@ -270,19 +254,6 @@ def asking_for_usage(body: JsonBody) -> Written | None:
     if options.get("continuous_usage_stats"):  # without include_usage it has no effect, and must have none
         values["continuous_usage_stats"] = False
     return Written(with_members(inner, values).decode())
-
-
-def refuse_fields(fields: Mapping[str, Any]) -> None:
-    """Raise ``BadRequest`` naming the first field a client may not set."""
-    if not _REFUSED_NAMES.isdisjoint(fields):
-        for name, reason in REFUSED.items():
-            if fields.get(name) is not None:
-                raise BadRequest(f"The field {name!r} may not be set: it {reason}", param=name)
-    nested = fields.get("chat_template_kwargs")
-    if isinstance(nested, dict):
-        for name in REFUSED:
-            if nested.get(name) is not None:
-                raise BadRequest(f"{name!r} may not be set: it {REFUSED[name]}", param=f"chat_template_kwargs.{name}")
 
 
 def sequences(path: str, fields: Mapping[str, Any]) -> int:

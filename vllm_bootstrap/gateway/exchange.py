@@ -2,10 +2,8 @@
 
 Invariant: whatever happens at any stage (client gone, engine gone, deadline, refusal, cancelled from outside, place
 taken back, the daemon closing), ``_end`` runs exactly once: the place in the scheduler is given back, the engine's
-connection is released or closed at once, what was held in memory or files is freed, one record is left. An engine gets
-a request once; a second time only when a reused connection turns out to have been closed before any byte of an answer.
-Another engine gets it only when this one could not be connected to, or when the scheduler took the place back before
-the answer had begun.
+connection is released or closed at once, what was held in memory or files is freed, one record is left. How often and
+by whom an engine gets it is ``Passage``'s to keep.
 
 Stages go forward only, but for a place that is lost: reading, queued, connecting, waiting, relaying or tunnel, over.
 Must not know: parsing of heads, framing towards the client, how slots are given out.
@@ -13,41 +11,28 @@ Must not know: parsing of heads, framing towards the client, how slots are given
 
 from __future__ import annotations
 
-import asyncio
-import math
 import time
-from typing import Literal
 
-from vllm_bootstrap.errors import ApiError, Cancelled, Draining, Forbidden, Unauthorized, UpstreamError, UpstreamTimeout
+from vllm_bootstrap.errors import ApiError, Cancelled, UpstreamError, UpstreamTimeout
 from vllm_bootstrap.gateway import headers, sticky, targets, websocket
-from vllm_bootstrap.gateway.entry import Entry, admit, known_key, render, target_of, ticket_of
-from vllm_bootstrap.gateway.errand import Errand
+from vllm_bootstrap.gateway.entry import admit, known_key, target_of, ticket_of
 from vllm_bootstrap.gateway.gateway import Gateway
 from vllm_bootstrap.gateway.head import Head, Headers
-from vllm_bootstrap.gateway.inflight import RequestInfo
 from vllm_bootstrap.gateway.intake import make_intake
-from vllm_bootstrap.gateway.journey import Journey
-from vllm_bootstrap.gateway.mishaps import Mishaps
-from vllm_bootstrap.gateway.place import Place
+from vllm_bootstrap.gateway.passage import CLIENT_GONE, Passage
 from vllm_bootstrap.gateway.reading import Reading
 from vllm_bootstrap.gateway.relay import Client, Relay
-from vllm_bootstrap.gateway.stages import CONNECTING, OVER, QUEUED, READING, RELAYING, STATES, TUNNEL, WAITING
-from vllm_bootstrap.gateway.upstream import STALE_WITHIN_S, UpstreamConnection
-from vllm_bootstrap.serving import Instance
-
-CLIENT_GONE = 499
+from vllm_bootstrap.gateway.stages import OVER, QUEUED, RELAYING, TUNNEL, WAITING
+from vllm_bootstrap.gateway.upstream import UpstreamConnection
+from vllm_bootstrap.scheduler import refusals
 
 
-class Exchange(Mishaps):
+class Exchange(Passage):
     """Made for one request by the client's connection, which calls ``start``, ``on_body``…, ``on_body_end``, or all of
     these at once with ``start_whole``, and then whatever happens to it. All are safe to call once it is over."""
 
-    _stage = READING
-    _active = _began = _retried = False
-    _deadline = math.inf
-    _entry: Entry | None = None
+    _active = _began = False
     _reading: Reading | None = None
-    _connection: UpstreamConnection | None = None
     _tunnel: websocket.Tunnel | None = None
     _keeps_response = False
     _holds_body = True
@@ -55,13 +40,9 @@ class Exchange(Mishaps):
     def __init__(
         self, gateway: Gateway, client: Client, head: Head, target: targets.ToModel | targets.ToLaunch
     ) -> None:
-        self._gateway, self._client, self._head, self._target = gateway, client, head, target
-        self._loop = asyncio.get_running_loop()
         wished = head.first(b"x-request-id")
-        self.request_id = (wished and headers.valid_request_id(wished)) or gateway.new_request_id()
-        self._journey = Journey(self.request_id, head)
-        self._place = Place(gateway.gate, self)
-        self._errand = Errand(gateway, self, head)
+        super().__init__(gateway, head, (wished and headers.valid_request_id(wished)) or gateway.new_request_id())
+        self._client, self._target = client, target
         self._relay = Relay(client, head)
 
     # Reading
@@ -87,11 +68,11 @@ class Exchange(Mishaps):
     def _admit(self) -> Reading:
         gateway = self._gateway
         if gateway.draining:
-            raise Draining("The daemon is stopping", retry_after=5)
+            raise refusals.draining()
         self._entry = entry = admit(gateway, self._head, self._target)
         self._journey.owner = entry.principal.name
         self._journey.id = gateway.inflight.add(self.request_id, self)
-        intake = make_intake(self._head, entry.route, gateway.limits, gateway.spool_dir)
+        self._intake = intake = make_intake(self._head, entry.route, gateway.limits, gateway.spool_dir)
         self._reading = reading = Reading(gateway, self._client, intake, self._read)
         return reading
 
@@ -132,69 +113,6 @@ class Exchange(Mishaps):
         self._keeps_response = entry.keeps_responses and sticky.is_kept(entry.path, intake.fields)
         self._wait()
         self._place.ask(target, ticket)
-
-    def _wait(self) -> None:
-        self._stage = QUEUED
-        self._journey.queued_at = time.monotonic()
-
-    # From the place
-
-    def on_place(self, instance: Instance) -> None:
-        """It is this request's turn."""
-        self._journey.queue_ms = self._place.queue_ms
-        try:
-            self._go(instance)
-        except ApiError as error:
-            self.fail(error)
-
-    def on_no_place(self, error: ApiError) -> None:
-        """It will not be its turn."""
-        self.fail(error)
-
-    def on_revoked(self) -> None:
-        """The place is needed for others; the answer has not begun."""
-        if self._connection is not None:
-            self._connection.abort()
-        self._move("revoked")
-
-    def _move(self, why: Literal["revoked", "unreachable"], problem: ApiError | None = None) -> None:
-        """Leave this engine and wait for another place. ``problem``: what to say where there is none."""
-        self._connection = None
-        self._errand.cancel()
-        self._deadline = math.inf
-        self._wait()
-        try:
-            self._place.again(why)
-        except ApiError as error:
-            self.fail(problem or error)
-
-    # Sending
-
-    def _go(self, instance: Instance) -> None:
-        """There is a place. Raises ``ApiError`` when this engine cannot take this request after all."""
-        entry, reading, journey = self._entry, self._reading, self._journey
-        assert entry is not None  # noqa: S101
-        assert reading is not None  # noqa: S101
-        journey.instance, journey.granted_at = instance, time.monotonic()
-        cls = journey.ticket.cls if journey.ticket is not None else None
-        outgoing = render(self._head, entry, reading.intake, instance, cls, journey.id)
-        self._stage = CONNECTING
-        self._errand.go(instance, outgoing, upgrade=entry.route.websocket)
-
-    def on_sending(self, connection: UpstreamConnection, now: float) -> None:
-        """It is on its way to the engine."""
-        self._stage, self._connection = WAITING, connection
-        self._deadline = now + self._gateway.limits.upstream_first_byte_timeout_s
-
-    def on_unreachable(self, error: ApiError) -> None:
-        """The engine could not be connected to; nothing was sent."""
-        if self._place.may_fail_over:
-            self._move("unreachable", error)
-        else:
-            self.fail(error)
-
-    def on_upstream_writable(self) -> None:
-        self._errand.on_writable()
 
     # Receiving
 
@@ -245,12 +163,6 @@ class Exchange(Mishaps):
         self._journey.first_byte_at = time.monotonic()
         self._place.first_byte(streamed=self._relay.is_events)
 
-    def _remember(self, response_id: str) -> None:
-        """The engine may keep this answer: later requests that name it go there."""
-        journey = self._journey
-        if journey.instance is not None and journey.owner is not None:
-            self._gateway.responses.remember(response_id, journey.instance.launch_id, journey.owner)
-
     def _own_headers(self) -> bytes:
         journey, entry = self._journey, self._entry
         launch_id = journey.instance.launch_id if journey.instance is not None else ""
@@ -271,18 +183,6 @@ class Exchange(Mishaps):
             connection.abort()  # it answered before it had the whole request: what follows would be misread
         self._end(self._relay.status, None)
         self._client.answer_done()
-
-    def on_broken(self, connection: UpstreamConnection, reason: str) -> None:
-        now = self._loop.time()
-        stale = connection.used_before and connection.silent and now - connection.started_at < STALE_WITHIN_S
-        instance = self._journey.instance
-        if self._stage is WAITING and stale and not self._retried and instance is not None:
-            self._retried = True
-            self._connection = None
-            self._stage = CONNECTING
-            self._errand.again(instance)
-            return
-        self.fail(UpstreamError(f"The engine {reason} before its answer was complete"))
 
     # Websockets
 
@@ -333,28 +233,9 @@ class Exchange(Mishaps):
         elif self._stage is QUEUED and self._entry is not None and self._entry.principal.expires_at is not None:
             self.rights_changed()
 
-    def stop(self) -> None:
-        """The daemon closes."""
-        self._finish(Draining("The daemon is stopping", retry_after=5))
-
-    # From the registry of what is under way
-
-    def info(self) -> RequestInfo:
-        """What is known of it now."""
-        return self._journey.info(STATES[self._stage])
-
     def cancel(self) -> None:
         """Ended from outside."""
         self._finish(Cancelled("The request was cancelled"))
-
-    def rights_changed(self) -> None:
-        """Its key may have been revoked: what has not begun ends, what runs only if the operator wants that."""
-        guard, entry = self._gateway.guard, self._entry
-        if entry is None or guard.still_allows(entry.principal):
-            return
-        if self._stage <= QUEUED or self._gateway.limits.revoked_keys_cut_streams:
-            gone = not guard.knows(entry.principal)
-            self._finish(Unauthorized() if gone else Forbidden("The rights of this key were changed meanwhile"))
 
     def _finish(self, error: ApiError) -> None:
         if self._tunnel is not None and self._stage is TUNNEL:
@@ -377,16 +258,13 @@ class Exchange(Mishaps):
         else:
             self._client.answer_error(error, self.request_id, self._rate_headers())
 
+    def give_up(self) -> None:
+        self._client.cut()
+
     def _end(self, status: int, code: str | None) -> None:
         journey, reading, relay, tunnel = self._journey, self._reading, self._relay, self._tunnel
         worked = self._stage >= WAITING and not (relay.begun and relay.status >= 400)
-        self._stage = OVER
-        self._connection = None
-        self._errand.end()
-        spent = journey.spent()
-        self._place.leave(spent, worked=worked)
-        if journey.id:
-            self._gateway.inflight.remove(journey.id)
+        spent = self._leave(worked=worked)
         if reading is not None:
             journey.bytes_in = reading.bytes_in
             reading.stop()

@@ -1,8 +1,8 @@
 """What all requests of the data plane share: guard, gate, pools of engine connections, limits, deadlines.
 
-Invariant: every exchange and every client connection is known here while it lives, so that deadlines are kept without
-a timer for each, counts come back to zero, and closing leaves nothing behind. Must not know: how a request is parsed,
-judged or relayed.
+Invariant: every client connection (with its exchange) and every call is known here while it lives, so that deadlines
+are kept without a timer for each, counts come back to zero, and closing leaves nothing behind. Must not know: how a
+request is parsed, judged or relayed.
 """
 
 from __future__ import annotations
@@ -34,17 +34,21 @@ from vllm_bootstrap.serving import Instance
 _log = logging.getLogger(__name__)
 
 
-class Connection(Protocol):
-    """A client's connection, as the gateway sees it."""
+class Watched(Protocol):
+    """What has deadlines, and must end when the daemon does."""
 
     def tick(self, now: float) -> None:
         """Look at deadlines. ``now`` is loop time."""
 
-    def close_idle(self) -> None:
-        """Close, being idle."""
-
     def stop(self) -> None:
         """The daemon stops: end what is under way with an honest error, then close."""
+
+
+class Connection(Watched, Protocol):
+    """A client's connection, as the gateway sees it."""
+
+    def close_idle(self) -> None:
+        """Close, being idle."""
 
 
 class Gateway:
@@ -80,6 +84,7 @@ class Gateway:
         self.body_bytes = 0
         self.connections: dict[Connection, None] = {}
         self.idle: dict[Connection, None] = {}  # in the order in which they became idle
+        self.calls: dict[Watched, None] = {}
         self._pools: dict[str, Pool] = {}
         self._tls = tls
         self._sweeper: asyncio.TimerHandle | None = None
@@ -106,6 +111,18 @@ class Gateway:
         """It is gone. Idempotent."""
         self.connections.pop(connection, None)
         self.idle.pop(connection, None)
+
+    # The daemon's own requests
+
+    def enter(self, call: Watched) -> None:
+        """A request of the daemon's own has begun."""
+        self.calls[call] = None
+        if self._sweeper is None:
+            self._schedule()
+
+    def exit(self, call: Watched) -> None:
+        """It has ended. Idempotent."""
+        self.calls.pop(call, None)
 
     # Engine connections
 
@@ -155,14 +172,14 @@ class Gateway:
     def _sweep(self) -> None:
         now = asyncio.get_running_loop().time()
         self.guard.look()
-        for connection in list(self.connections):
+        for one in (*self.connections, *self.calls):
             try:
-                connection.tick(now)
+                one.tick(now)
             except Exception:  # noqa: BLE001 - one connection's trouble must not end everybody's deadlines
                 _log.exception("looking at a connection's deadlines failed")
         for pool in self._pools.values():
             pool.sweep(now)
-        if self.connections or any(pool.idle for pool in self._pools.values()):
+        if self.connections or self.calls or any(pool.idle for pool in self._pools.values()):
             self._schedule()
         else:
             self._sweeper = None
@@ -179,8 +196,8 @@ class Gateway:
     def close(self) -> None:
         """End everything that still runs: streams with an error event, other answers with a cut. Idempotent."""
         self.draining = True
-        for connection in list(self.connections):
-            connection.stop()
+        for one in (*self.connections, *self.calls):
+            one.stop()
         self.reviver.close()
         for pool in self._pools.values():
             pool.close()

@@ -13,6 +13,9 @@ KIB, MIB = 1024, 1024 * 1024
 MIN_BODY_RATE = 16 * KIB
 """Bytes a second below which a body counts as stalled; each received byte buys time at this rate."""
 
+FILE_FORM_BYTES = 1 * MIB
+"""What a form with a file may take beside the file."""
+
 LINGER_S = 2.0
 """How long to go on reading (and dropping) after an early refusal, so that the client can still read the answer."""
 
@@ -20,8 +23,9 @@ LINGER_S = 2.0
 @dataclass(frozen=True, slots=True)
 class GatewayLimits:
     """Sizes in bytes, times in seconds. ``max_control_body_bytes`` bounds bodies of the control plane,
-    ``body_budget_bytes`` all JSON bodies held at once. ``revoked_keys_cut_streams``: what already runs ends too when
-    its key is revoked or loses rights, not only what waits."""
+    ``max_file_body_bytes`` those that bring a file to it and are never held whole, ``body_budget_bytes`` all JSON
+    bodies of the data plane held at once. ``revoked_keys_cut_streams``: what already runs ends too when its key is
+    revoked or loses rights, not only what waits."""
 
     max_header_bytes: int = 64 * KIB
     max_header_count: int = 100
@@ -31,6 +35,7 @@ class GatewayLimits:
     max_connections: int = 10_000
     max_body_bytes: int = 64 * MIB
     max_control_body_bytes: int = 1 * MIB
+    max_file_body_bytes: int = 2048 * MIB + FILE_FORM_BYTES
     max_upload_bytes: int = 512 * MIB
     body_budget_bytes: int = 1024 * MIB
     write_stall_timeout_s: float = 300

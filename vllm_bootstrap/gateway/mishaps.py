@@ -17,23 +17,22 @@ from vllm_bootstrap.errors import ApiError, InternalError
 from vllm_bootstrap.gateway.gateway import Gateway
 from vllm_bootstrap.gateway.journey import Journey
 from vllm_bootstrap.gateway.place import Place
-from vllm_bootstrap.gateway.relay import Client
 
 _log = logging.getLogger(__name__)
 
 # What the loop, parsers, timers and other requests call. ``on_received`` is not among them: it runs for each chunk, and
 # who calls it looks after it (``UpstreamConnection``).
 _STEPS = (
-    "start", "start_whole", "on_body", "on_body_end", "on_place", "on_no_place", "on_revoked", "on_unreachable",
-    "on_broken", "on_upstream_writable", "tick", "cancel", "rights_changed",
+    "start", "start_whole", "take_in", "on_body", "on_body_end", "on_place", "on_no_place", "on_revoked",
+    "on_unreachable", "on_broken", "on_upstream_writable", "tick", "cancel", "cancel_from_outside", "rights_changed",
+    "stop",
 )  # fmt: skip
 
 
 class Mishaps:
-    """Base of a request's journey: the steps of the class that inherits from it are guarded."""
+    """Base of a request's journey: the steps of the classes that inherit from it are guarded."""
 
     _gateway: Gateway
-    _client: Client
     _place: Place
     _journey: Journey
     _stage: IntEnum
@@ -41,10 +40,16 @@ class Mishaps:
 
     def __init_subclass__(cls) -> None:
         for name in _STEPS:
-            setattr(cls, name, _guarded(getattr(cls, name)))
+            step = cls.__dict__.get(name)
+            if step is not None:
+                setattr(cls, name, _guarded(step))
 
     def fail(self, error: ApiError) -> None:
         """It cannot be completed: answer with ``error``, or end the answer that has begun."""
+        raise NotImplementedError
+
+    def give_up(self) -> None:
+        """``fail`` has failed: let whoever waits wait no longer."""
         raise NotImplementedError
 
     def on_crash(self) -> None:
@@ -59,7 +64,7 @@ class Mishaps:
         if not answered:
             self._place.leave(None, worked=True)
             self._gateway.inflight.remove(self._journey.id)
-            self._client.cut()
+            self.give_up()
 
 
 def _guarded(step: Callable[..., None]) -> Callable[..., None]:

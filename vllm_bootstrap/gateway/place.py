@@ -43,9 +43,10 @@ class Place:
         self._tries = 1
         self.queue_ms = 0
 
-    def ask(self, target: Target, ticket: Ticket) -> None:
-        """Ask for a place. ``on_place`` comes at once when there is one. Raises the refusal."""
-        got = self._gate.request(target, ticket)
+    def ask(self, target: Target, ticket: Ticket, deadline: float | None = None) -> None:
+        """Ask for a place. ``on_place`` comes at once when there is one. ``deadline``: see ``Gate.request``. Raises the
+        refusal."""
+        got = self._gate.request(target, ticket, deadline)
         if isinstance(got, Lease):
             self._hold(got)
         else:

@@ -21,6 +21,7 @@ class GatewayProtocol(StrictProtocol):
     _target: targets.ToModel | targets.ToLaunch | None = None
     _exchange: Exchange | None = None
     _tunnel: ByteSink | None = None
+    _most_bytes = 0  # of the body of the app's request
 
     # Claimed requests
 
@@ -105,7 +106,9 @@ class GatewayProtocol(StrictProtocol):
     # The app's requests: uvicorn's own callbacks
 
     def app_begins(self, head: Head) -> None:
-        most = self.gateway.limits.max_control_body_bytes
+        limits = self.gateway.limits
+        brings_file = targets.brings_file(head.method, head.path)
+        most = self._most_bytes = limits.max_file_body_bytes if brings_file else limits.max_control_body_bytes
         if head.content_length is not None and head.content_length > most:
             self.answer_error(PayloadTooLarge(f"The body is larger than {most} bytes"), None, [])
             return
@@ -121,9 +124,8 @@ class GatewayProtocol(StrictProtocol):
         if self._closing:
             return
         self._body_bytes += len(body)
-        most = self.gateway.limits.max_control_body_bytes
-        if self._body_bytes > most:
-            self.body_is_bad(PayloadTooLarge(f"The body is larger than {most} bytes"))
+        if self._body_bytes > self._most_bytes:
+            self.body_is_bad(PayloadTooLarge(f"The body is larger than {self._most_bytes} bytes"))
         else:
             super().on_body(body)
 

@@ -317,7 +317,11 @@ class StrictProtocol(Claims, HttpToolsProtocol):
         """Look at deadlines."""
         if self.write_paused and now - self._paused_since >= self.gateway.limits.write_stall_timeout_s:
             self.transport.abort()  # connection_lost tells whoever is concerned
-        elif now >= self._deadline:
+            return
+        if self._body_open and self.flow.read_paused:
+            # It is we who do not read: of that time the client loses nothing.
+            self._body_started_at = max(self._body_started_at, now - self._body_bytes / MIN_BODY_RATE)
+        if now >= self._deadline:
             self._on_deadline(now)
         elif self._claimed and self._answer_open:
             self.claimed_tick(now)
@@ -336,8 +340,6 @@ class StrictProtocol(Claims, HttpToolsProtocol):
     def _on_slow_body(self, now: float) -> None:
         limits = self.gateway.limits
         due = self._body_started_at + limits.body_timeout_s + self._body_bytes / MIN_BODY_RATE
-        if self.flow.read_paused:  # it is we who do not read
-            due = now + limits.body_timeout_s
         if now < due:
             self._deadline = due
         else:

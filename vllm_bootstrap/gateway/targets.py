@@ -50,6 +50,7 @@ STATEFUL = (
 
 # Below /v1, but answered by the control plane.
 _CONTROL_V1 = re.compile(r"/v1/models(?:/.*)?")
+_DURABLE_V1 = re.compile(r"/v1/(?:files|batches|batch)(?:/.*)?")
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9._~!$&'()*+,;=:@-]+)+/?")
 _REALTIME = frozenset({REALTIME})
@@ -73,7 +74,7 @@ def find(method: str, path: str) -> ToModel | ToLaunch | None:
     """The data-plane target of a request, None when it belongs to the control plane. Raises ``BadRequest`` for a
     data-plane path that is not spelled plainly (percent-encoding has no use in any engine's routes)."""
     if path.startswith("/v1/"):
-        if method in SAFE and _CONTROL_V1.fullmatch(path):
+        if (method in SAFE and _CONTROL_V1.fullmatch(path)) or _DURABLE_V1.fullmatch(path):
             return None
         _require_plain(path)
         return ToModel(path)
@@ -82,6 +83,11 @@ def find(method: str, path: str) -> ToModel | ToLaunch | None:
         launch_id, slash, rest = path[len("/proxy/") :].partition("/")
         return ToLaunch(launch_id, slash + rest if slash else "/")
     return None
+
+
+def brings_file(method: str, path: str) -> bool:
+    """Whether a request of the control plane carries a file, which may be longer than other bodies."""
+    return method == "POST" and path == "/v1/files"
 
 
 def _require_plain(path: str) -> None:

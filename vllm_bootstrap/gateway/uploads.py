@@ -3,45 +3,25 @@
 Invariant: what is sent on is byte for byte what came in, and only after all of it was read: a slow upload holds no
 engine slot, no field is seen by the engine that was not judged here, and a stale connection can be answered by sending
 again. At most ``MEMORY_BYTES`` of it (and one read more) are in memory; files are written and read off the event loop.
-The parser is the one vLLM uses: fast, but a few MB a second where a body is full of what nearly is its boundary, so it
-is never given more than ``SLICE_BYTES`` at a time. Must not know: engines, keys, connections.
+Must not know: engines, keys, connections.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import IO
 
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
-
 from vllm_bootstrap.errors import BadRequest, PayloadTooLarge
 from vllm_bootstrap.gateway.bodies import REFUSED
+from vllm_bootstrap.gateway.multipart import SLICE_BYTES, Form, Part
 
 MEMORY_BYTES = 1024 * 1024
-SLICE_BYTES = 16 * 1024
 MAX_FIELD_BYTES = 64 * 1024
-MAX_PARTS = 100
 _READ = 256 * 1024
-# Two spellings of a field's name: readers differ in which one they believe.
-_EXTENDED_NAME = re.compile(rb";\s*name\*", re.IGNORECASE)
 _JUDGED = frozenset({"model", "service_tier", "stream"})
-
-
-class _Part:
-    __slots__ = ("data", "disposition", "header", "is_file", "name", "value")
-
-    def __init__(self) -> None:
-        self.header = b""
-        self.value = b""
-        self.disposition: bytes | None = None
-        self.name = ""
-        self.is_file = False
-        self.data = bytearray()
 
 
 class Upload:
@@ -58,34 +38,7 @@ class Upload:
         self._in_memory = 0
         self._unread: list[bytes] = []  # pieces that the parser has not seen
         self._file: IO[bytes] | None = None
-        self._part = _Part()
-        self._parts = 0
-        self._ended = False
-        self._parser = self._make_parser(content_type)
-
-    def _make_parser(self, content_type: bytes) -> MultipartParser:
-        _, options = parse_options_header(content_type.decode("latin-1"))
-        boundary = options.get(b"boundary")
-        if not boundary:
-            raise BadRequest("A multipart body needs a boundary in its Content-Type", param="content-type")
-        if options.get(b"charset", b"utf-8").lower() != b"utf-8":
-            raise BadRequest("Multipart fields must be UTF-8", param="content-type")
-        try:
-            return MultipartParser(
-                boundary,
-                {
-                    "on_part_begin": self._on_part_begin,
-                    "on_header_field": self._on_header_field,
-                    "on_header_value": self._on_header_value,
-                    "on_header_end": self._on_header_end,
-                    "on_headers_finished": self._on_headers_finished,
-                    "on_part_data": self._on_part_data,
-                    "on_part_end": self._on_part_end,
-                    "on_end": self._on_end,
-                },
-            )
-        except FormParserError as exc:
-            raise BadRequest(f"The multipart body cannot be read: {exc}") from None
+        self._form = Form(content_type, self)
 
     @property
     def has_backlog(self) -> bool:
@@ -102,13 +55,7 @@ class Upload:
         if self._unread or len(piece) > SLICE_BYTES:
             self._unread.append(piece)
         else:
-            self._parse(piece)
-
-    def _parse(self, data: bytes) -> None:
-        try:
-            self._parser.write(data)
-        except FormParserError as exc:
-            raise BadRequest(f"The multipart body cannot be read: {exc}") from None
+            self._form.parse(piece)
 
     async def digest(self) -> None:
         """Read what waits, letting others go on in between, and move what is too much for memory to the file. Raises
@@ -116,7 +63,7 @@ class Upload:
         while self._unread:
             piece = self._unread[0]
             for start in range(0, len(piece), SLICE_BYTES):
-                self._parse(piece[start : start + SLICE_BYTES])
+                self._form.parse(piece[start : start + SLICE_BYTES])
                 await asyncio.sleep(0)
             self._unread = self._unread[1:]
         if self._in_memory > MEMORY_BYTES:
@@ -130,8 +77,7 @@ class Upload:
 
     def finish(self) -> None:
         """All pieces were fed. Raises ``BadRequest`` when the form is not complete."""
-        if not self._ended:
-            raise BadRequest("The multipart body ends before its last boundary")
+        self._form.finish()
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The bytes as they came. May be asked for again from the start."""
@@ -149,52 +95,22 @@ class Upload:
         if self._file is not None:
             self._file.close()
 
-    # From the parser
+    # From the form
 
-    def _on_part_begin(self) -> None:
-        self._parts += 1
-        if self._parts > MAX_PARTS:
-            raise BadRequest(f"The multipart body has more than {MAX_PARTS} parts")
-        self._part = _Part()
-
-    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
-        self._part.header += data[start:end]
-
-    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
-        self._part.value += data[start:end]
-
-    def _on_header_end(self) -> None:
-        part = self._part
-        if part.header.lower() == b"content-disposition":
-            if part.disposition is not None:
-                raise BadRequest("A part of the multipart body has two names")
-            part.disposition = part.value
-        part.header = part.value = b""
-
-    def _on_headers_finished(self) -> None:
-        part = self._part
-        disposition = part.disposition or b""
-        _, options = parse_options_header(disposition.decode("latin-1"))
-        name = options.get(b"name")
-        if name is None or _EXTENDED_NAME.search(disposition) or disposition.lower().count(b"; name=") > 1:
-            raise BadRequest("Every part of the multipart body needs exactly one plain name")
-        part.name = name.decode("utf-8", "replace")
-        part.is_file = b"filename" in options
+    def part_begins(self, part: Part) -> None:
         if part.name in REFUSED:
             raise BadRequest(f"The field {part.name!r} may not be set: it {REFUSED[part.name]}", param=part.name)
-        if part.name in _JUDGED and part.is_file:
+        if part.name in _JUDGED and part.filename is not None:
             raise BadRequest(f"The field {part.name!r} must be plain text", param=part.name)
 
-    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
-        part = self._part
+    def part_data(self, part: Part, data: bytes, start: int, end: int) -> None:
         if part.name not in _JUDGED:
             return
         if len(part.data) + end - start > MAX_FIELD_BYTES:
             raise BadRequest(f"The field {part.name!r} is too long", param=part.name)
         part.data += data[start:end]
 
-    def _on_part_end(self) -> None:
-        part = self._part
+    def part_ends(self, part: Part) -> None:
         if part.name not in _JUDGED:
             return
         if part.name in self.fields:
@@ -203,6 +119,3 @@ class Upload:
             self.fields[part.name] = part.data.decode()
         except UnicodeDecodeError:
             raise BadRequest(f"The field {part.name!r} is not UTF-8", param=part.name) from None
-
-    def _on_end(self) -> None:
-        self._ended = True

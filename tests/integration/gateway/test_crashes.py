@@ -67,7 +67,7 @@ MISTAKES = [
     "vllm_bootstrap.gateway.exchange.make_intake",
     "vllm_bootstrap.gateway.exchange.target_of",
     "vllm_bootstrap.gateway.exchange.ticket_of",
-    "vllm_bootstrap.gateway.exchange.render",
+    "vllm_bootstrap.gateway.passage.render",
     "vllm_bootstrap.gateway.exchange.headers.own_headers",
     "vllm_bootstrap.gateway.exchange.Relay.begin",
     "vllm_bootstrap.gateway.exchange.Relay.deliver",

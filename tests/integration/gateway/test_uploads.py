@@ -12,7 +12,8 @@ from tests.support.aio import eventually
 from tests.support.data_plane import LAUNCH, instance, request, run, running
 from tests.support.raw_upstream import RawUpstream, Visit, answer
 from vllm_bootstrap.gateway import GatewayLimits
-from vllm_bootstrap.gateway.uploads import SLICE_BYTES, Upload
+from vllm_bootstrap.gateway.multipart import SLICE_BYTES
+from vllm_bootstrap.gateway.uploads import Upload
 
 PATH = "/v1/audio/transcriptions"
 TYPE = ("Content-Type", 'multipart/form-data; boundary="b-1"')

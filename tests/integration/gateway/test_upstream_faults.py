@@ -426,6 +426,59 @@ def test_the_daemon_stops(tmp_path: Path) -> None:
     run(main())
 
 
+def test_engines_that_end_with_the_daemon_are_not_blamed(tmp_path: Path) -> None:
+    """They may be gone before the daemon is: what they leave unfinished is told why, and may be sent again."""
+    event = b"data: 1\n\n"
+
+    async def script(visit: Visit) -> None:
+        if b"stream" in visit.body:
+            await visit.send(EVENTS, chunk(event))
+        await visit.gone()
+
+    async def main() -> None:
+        async with running(tmp_path) as plane, RawUpstream(tmp_path / "e", script).running() as engine:
+            plane.announce(instance(engine.endpoint))
+            async with plane.wire() as waiting, plane.wire() as streaming:
+                await waiting.send(request())
+                await streaming.send(request(body={"model": "model", "prompt": "x", "stream": True}))
+                await streaming.head()
+                await eventually(lambda: len(engine.requests) == 2)
+                plane.gateway.drain()
+                engine.abort_all()
+                reply = await waiting.reply()
+                assert (reply.status, reply.code) == (503, "draining")
+                assert reply.header("retry-after") is not None
+                body = b"".join([piece async for piece in streaming.chunks()])
+                assert body.startswith(event)
+                assert json.loads(body.rpartition(b"data: ")[2])["error"]["code"] == "draining"
+                assert b"[DONE]" not in body
+            assert {record.code for record in plane.records} == {"draining"}
+            await eventually(lambda: plane.in_use() == 0)
+
+    run(main())
+
+
+def test_an_engine_that_ends_with_the_daemon_while_it_is_connected_to_is_not_blamed(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running(tmp_path) as plane:
+            path = tmp_path / "busy"
+            with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as filler:
+                listener.bind(str(path))
+                listener.listen(0)  # with the filler in its queue nobody else gets in
+                filler.connect(str(path))
+                plane.announce(instance(Endpoint(uds=str(path))))
+                async with plane.wire() as wire:
+                    await wire.send(request())
+                    await eventually(lambda: plane.in_use() == 1)
+                    plane.gateway.drain()
+                    path.unlink()
+                    reply = await wire.reply()
+            assert (reply.status, reply.code) == (503, "draining")
+            assert plane.in_use() == 0
+
+    run(main())
+
+
 def test_external_engines_over_tls(tmp_path: Path) -> None:
     pem = certificate(tmp_path)
 

@@ -43,6 +43,20 @@ def test_data_plane_paths_have_one_spelling(path: str) -> None:
         targets.find("POST", path)
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"])
+@pytest.mark.parametrize(
+    "path", ["/v1/files", "/v1/files/file-1/content", "/v1/batches", "/v1/batches/b/cancel", "/v1/batch/completions"]
+)
+def test_durable_work_belongs_to_the_control_plane_whatever_the_method(method: str, path: str) -> None:
+    assert targets.find(method, path) is None
+    assert targets.brings_file(method, path) == ((method, path) == ("POST", "/v1/files"))
+
+
+@pytest.mark.parametrize("path", ["/v1/filesystem", "/v1/batched", "/v1/files-1", "/v1/x/files"])
+def test_what_only_looks_like_it_does_not(path: str) -> None:
+    assert targets.find("POST", path) == ToModel(path)
+
+
 def test_rules_come_from_routes() -> None:
     plain = EngineRoute("POST", "/a", frozenset({"realtime"}))
     form = EngineRoute("POST", "/a", frozenset({"realtime"}), multipart=True)
