@@ -23,6 +23,14 @@ from vllm_bootstrap.errors import BY_CODE
 from vllm_bootstrap.gateway.targets import BY_MODEL
 from vllm_bootstrap.settings import NOT_BUILT, PREFIX, Settings
 from vllm_bootstrap.wire import LaunchRequest, LaunchStatus, LogPage
+from vllm_bootstrap.wire_batches import (
+    BatchEventEntry,
+    BatchObject,
+    BatchProgress,
+    BatchRequest,
+    ItemObject,
+    ItemRequest,
+)
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -106,7 +114,13 @@ def test_every_route_is_documented(route: str) -> None:
     assert f"`{route}`" in page("api.md")
 
 
-@pytest.mark.parametrize("model", [LaunchRequest, LaunchStatus, LogPage], ids=lambda model: model.__name__)
+MAIN_BODIES = [
+    LaunchRequest, LaunchStatus, LogPage, BatchRequest, BatchObject, BatchProgress, BatchEventEntry, ItemRequest,
+    ItemObject,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("model", MAIN_BODIES, ids=lambda model: model.__name__)
 def test_the_fields_of_the_main_bodies_are_documented(model: type) -> None:
     obvious = {"api_version", "launch_id", "group_id", "node_id", "created_at", "state_changed_at"}
     words = set(re.findall(r"\w+", page("api.md")))

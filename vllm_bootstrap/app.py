@@ -8,17 +8,12 @@ second SIGTERM or SIGINT cuts the grace short.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
-import gc
 import logging
 import os
-import resource
 import signal
 import socket
 import sys
 import time
-from collections.abc import Generator
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +27,9 @@ from vllm_bootstrap.api.services import Services
 from vllm_bootstrap.auth.guard import Guard
 from vllm_bootstrap.auth.keys import Key, KeyRing, shared_key
 from vllm_bootstrap.auth.sessions import Sessions
-from vllm_bootstrap.configure import StartError, budget_policy, gateway_limits, supervisor_config
+from vllm_bootstrap.batches.desk import BatchDepartment
+from vllm_bootstrap.batches.files import FileStore
+from vllm_bootstrap.configure import StartError, batch_config, budget_policy, gateway_limits, supervisor_config
 from vllm_bootstrap.db import Database
 from vllm_bootstrap.engines import build_engines
 from vllm_bootstrap.engines.base import Engine
@@ -55,22 +52,22 @@ from vllm_bootstrap.metrics import Metrics
 from vllm_bootstrap.scheduler.budget import Budget
 from vllm_bootstrap.scheduler.gate import Gate
 from vllm_bootstrap.scheduler.signals import signals_of
+from vllm_bootstrap.server import Server, allow_many_files, forbid_core_dumps, rest_the_garbage_collector
+from vllm_bootstrap.serving import Advert
 from vllm_bootstrap.settings import Settings
 from vllm_bootstrap.statedir import StateLock
 
 log = logging.getLogger("vllm_bootstrap")
 
 CONNECTIONS_CLOSE_S = 2
-DATE_S = 1.0
-PR_SET_DUMPABLE = 4
 EXIT_FATAL = 70
 
 
 def serve(settings: Settings) -> int:
     """Run the daemon until it is told to stop. Returns the exit code. Raises ``StartError``."""
     os.umask(0o077)
-    _forbid_core_dumps()
-    _allow_many_files(settings.max_connections)
+    forbid_core_dumps()
+    allow_many_files(settings.max_connections)
     set_up_logging(settings.log_level, settings.log_format, settings.log_file)
     instance.private_dir(settings.state_dir)
     with (
@@ -170,6 +167,14 @@ class Daemon:
         self._activity = Activity.open(
             settings.state_dir / "activity.db", rows=settings.activity_rows, node_id=state.node_id
         )
+        self._files = FileStore(
+            self._db,
+            instance.private_dir(settings.state_dir / "files"),
+            node_id=state.node_id,
+            max_bytes=settings.file_max_bytes,
+            expires_after_s=settings.file_expires_after_s,
+            reserve_bytes=settings.disk_reserve_bytes,
+        )
         store = LaunchStore(self._db)
         engines = self._make_engines(config.hf_home)
         runtime_dir = instance.private_dir(settings.runtime_dir)
@@ -200,14 +205,22 @@ class Daemon:
             ledger,
             self._gpus,
             attempts,
-            on_advert=self._gate.update,
-            on_forget=self._gate.forget,
+            on_advert=self._advert,
+            on_forget=self._forget,
             on_fatal=self._die,
             on_event=self._metrics.launch_event,
         )
         self._reconciler = Reconciler(
             self.supervisor, store, host, ledger, self._gpus, self._inventory, contexts, attempts
         )
+
+    def _advert(self, advert: Advert) -> None:
+        self._gate.update(advert)
+        self._batches.advert(advert)
+
+    def _forget(self, launch_id: str) -> None:
+        self._gate.forget(launch_id)
+        self._batches.forget(launch_id)
 
     def _tell_signals(self, launch_id: str, counters: Counters) -> None:
         self._gate.signals(launch_id, signals_of(counters))
@@ -221,12 +234,20 @@ class Daemon:
             spool_dir=instance.private_dir(settings.state_dir / "spool"),
             on_record=self._keep_record,
         )
+        folder = instance.private_dir(settings.state_dir / "batches")
+        self._batches = BatchDepartment(
+            batch_config(settings, folder, self._instance.node_id), self._db, self._files, gateway, self._guard.named
+        )
+        self._guard.on_change(self._batches.dispatcher.keys_changed)
         self.services = Services(
             settings=settings,
             supervisor=self.supervisor,
             gate=self._gate,
             requests=gateway.inflight,
             activity=self._activity,
+            files=self._files,
+            batches=self._batches.batches,
+            items=self._batches.items,
             inventory=self._inventory,
             gpus=self._gpus,
             ledger=self._ledger,
@@ -253,7 +274,7 @@ class Daemon:
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,
         )
-        self._server = _Server(config)
+        self._server = Server(config)
 
     def _keep_record(self, record: RequestRecord) -> None:
         self._metrics.data_plane_request(record)
@@ -266,6 +287,7 @@ class Daemon:
         self._watch_signals()
         listener = self._listen()
         await self._reconciler.run()
+        await self._batches.start()
         self.services.phase = "ok"
         background = asyncio.create_task(self._gpus.recheck_forever(), name="recheck unsettled GPUs")
         serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="server")
@@ -274,11 +296,12 @@ class Daemon:
             up = asyncio.create_task(self._server.up.wait())
             await asyncio.wait({up, serving}, return_when=asyncio.FIRST_COMPLETED)
             self._announce(listener)
-            _rest_the_garbage_collector()
+            rest_the_garbage_collector()
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             await self._shut_down()
         finally:
             instance.withdraw(self._settings.state_dir)
+            await self._batches.close()
             self._gateway.close()
             self._server.leave()
             await asyncio.gather(serving, return_exceptions=True)
@@ -287,6 +310,7 @@ class Daemon:
             await self.supervisor.leave()
             await self._activity.close()
             self._inventory.close()
+            self._files.close()
             self._db.close()
         return EXIT_FATAL if self._fatal is not None else 0
 
@@ -340,60 +364,10 @@ class Daemon:
 
     async def _shut_down(self) -> None:
         self.services.phase = "draining"
+        await self._batches.close()
         self._gateway.drain()
         if self._leaves:
             log.info("Leaving; launches keep running")
             return
         outcomes = await self.supervisor.stop_all(force=self._signals > 1)
         log.info("Stopped launches: %d", len(outcomes))
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server without its signal handlers: the daemon decides when to stop. ``up``: it accepts."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.up, self._leaving = asyncio.Event(), asyncio.Event()
-
-    def leave(self) -> None:
-        """Stop serving. Idempotent."""
-        self.should_exit = True
-        self._leaving.set()
-
-    async def main_loop(self) -> None:
-        # Only the date changes with time. uvicorn's own loop wakes ten times a second, for 1 % of a core.
-        while not await self.on_tick(0):
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._leaving.wait(), DATE_S)
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.up.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield
-
-
-def _rest_the_garbage_collector() -> None:
-    # What start has made lives as long as the process: it need not be looked through for garbage ever again. What
-    # requests leave is small and freed at once but for a few cycles each, so that looking less often costs a few MB.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 20, 10)
-
-
-def _allow_many_files(connections: int) -> None:
-    # Each client connection may need one to an engine as well; the rest is for logs, database and pipes.
-    wanted = 2 * connections + 1024
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-def _forbid_core_dumps() -> None:
-    # Keys live in this process: no core dumps, no ptrace and no /proc/PID/environ for other processes of this user.
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
-        log.warning("PR_SET_DUMPABLE could not be cleared: %s", os.strerror(ctypes.get_errno()))

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from vllm_bootstrap.errors import ApiError
 from vllm_bootstrap.sdk.async_client import AsyncClient
+from vllm_bootstrap.sdk.batch_calls import BatchFields, WebhookTo
 from vllm_bootstrap.sdk.calls import LaunchFields
 from vllm_bootstrap.sdk.failures import (
     ClientError,
     DaemonUnreachable,
+    EndTimeout,
     LaunchFailed,
     UnexpectedAnswer,
     WaitTimeout,
@@ -28,12 +30,15 @@ from vllm_bootstrap.sdk.sync_client import Client
 __all__ = [
     "ApiError",
     "AsyncClient",
+    "BatchFields",
     "Client",
     "ClientError",
     "DaemonUnreachable",
+    "EndTimeout",
     "Launch",
     "LaunchFailed",
     "LaunchFields",
     "UnexpectedAnswer",
     "WaitTimeout",
+    "WebhookTo",
 ]

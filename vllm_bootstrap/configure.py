@@ -7,8 +7,9 @@ import pwd
 from pathlib import Path
 
 from vllm_bootstrap import instance
+from vllm_bootstrap.batches.desk import BatchConfig
 from vllm_bootstrap.engines.environment import base_environment
-from vllm_bootstrap.gateway.limits import GatewayLimits
+from vllm_bootstrap.gateway.limits import FILE_FORM_BYTES, GatewayLimits
 from vllm_bootstrap.launches.config import SupervisorConfig
 from vllm_bootstrap.scheduler.budget import BudgetPolicy
 from vllm_bootstrap.settings import Settings
@@ -79,6 +80,7 @@ def gateway_limits(settings: Settings) -> GatewayLimits:
         max_connections=settings.max_connections,
         max_body_bytes=settings.max_body_bytes,
         max_upload_bytes=settings.max_upload_bytes,
+        max_file_body_bytes=settings.file_max_bytes + FILE_FORM_BYTES,
         write_stall_timeout_s=settings.write_stall_timeout_s,
         upstream_connect_timeout_s=settings.upstream_connect_timeout_s,
         upstream_first_byte_timeout_s=settings.upstream_first_byte_timeout_s,
@@ -99,3 +101,22 @@ def engine_identity(user: str | None) -> tuple[int | None, int | None]:
     if os.geteuid() != 0 and entry.pw_uid != os.geteuid():
         raise StartError("VLLM_BOOTSTRAP_ENGINE_USER needs a daemon that runs as root")
     return (entry.pw_uid, entry.pw_gid) if os.geteuid() == 0 else (None, None)
+
+
+def batch_config(settings: Settings, folder: Path, node_id: str) -> BatchConfig:
+    """What batches are told, out of the settings."""
+    return BatchConfig(
+        folder=folder,
+        node_id=node_id,
+        max_lines=settings.batch_max_lines,
+        max_line_bytes=settings.batch_max_line_bytes,
+        max_unfinished=settings.batch_max_unfinished,
+        line_attempts=settings.batch_line_attempts,
+        kept_s=settings.batch_kept_s,
+        max_size=settings.batch_max_size,
+        max_latency_s=settings.batch_max_latency_ms / 1000,
+        item_expires_after_s=settings.item_expires_after_s,
+        items_max_queued=settings.items_max_queued,
+        webhook_allow_private=settings.webhook_allow_private,
+        webhook_attempts=settings.webhook_attempts,
+    )

@@ -23,10 +23,18 @@ from queue import Empty, SimpleQueue
 from typing import Any, Literal, TypeVar
 
 from vllm_bootstrap.errors import StorageFailed, StorageFull, Unavailable
-from vllm_bootstrap.schema import MIGRATIONS, CannotOpen, NewerSchema, load_queries, migrate, pending_migrations
+from vllm_bootstrap.schema import (
+    MIGRATIONS,
+    CannotOpen,
+    Damaged,
+    NewerSchema,
+    load_queries,
+    migrate,
+    pending_migrations,
+)
 from vllm_bootstrap.statedir import AlreadyRunning, StateLock, filesystem_type, is_network_type
 
-__all__ = ["AlreadyRunning", "CannotOpen", "Database", "NewerSchema", "StateLock", "load_queries"]
+__all__ = ["AlreadyRunning", "CannotOpen", "Damaged", "Database", "NewerSchema", "StateLock", "load_queries"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -40,7 +48,8 @@ CHECKED_AT_OPEN_MAX_BYTES = 32 * 1024**2
 
 _IO_ERROR, _FULL = 10, 13
 _IO_ERROR_SHM_SIZE = _IO_ERROR | 19 << 8
-_BROKEN = frozenset({_IO_ERROR, 11, 26})  # I/O error, damaged, not a database
+_DAMAGED = frozenset({11, 26})  # damaged, not a database
+_BROKEN = _DAMAGED | {_IO_ERROR}
 _PASSING = frozenset({5, 6, 8, 14})  # busy, locked, read-only, cannot open (no file descriptor left)
 
 
@@ -85,7 +94,7 @@ class Database:
 
         On a network file system (``network`` None: found out) it uses a rollback journal and keeps the file locked,
         because WAL needs memory shared between processes. ``busy_timeout_s`` is how long another program's lock is
-        waited for. Raises ``NewerSchema`` and ``CannotOpen``.
+        waited for. Raises ``NewerSchema``, ``Damaged``, and ``CannotOpen`` for what may pass (a full disk, a lock).
         """
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if network is None:
@@ -96,7 +105,7 @@ class Database:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             conn = connect(path, busy_timeout_s)
         except (OSError, sqlite3.Error) as exc:
-            raise CannotOpen(f"cannot open {path}: {_plain(exc)}") from exc
+            raise _cannot("open", path, exc) from exc
         try:
             if network:  # before the first look, which would otherwise want shared memory
                 conn.execute("PRAGMA locking_mode=EXCLUSIVE")
@@ -105,7 +114,7 @@ class Database:
             migrate(conn, path, migrations)
         except sqlite3.Error as exc:
             conn.close()
-            raise CannotOpen(f"cannot use {path}: {_plain(exc)}") from exc
+            raise _cannot("use", path, exc) from exc
         except BaseException:
             conn.close()
             raise
@@ -327,7 +336,7 @@ def _prepare(conn: sqlite3.Connection, path: Path, synchronous: str, *, local: b
     if path.stat().st_size <= CHECKED_AT_OPEN_MAX_BYTES:
         verdict = conn.execute("PRAGMA quick_check(1)").fetchone()[0]
         if verdict != "ok":
-            raise CannotOpen(f"{path} is damaged ({verdict}): restore it, or move it away to start afresh")
+            raise Damaged(f"{path} is damaged ({verdict}): restore it, or move it away to start afresh")
 
 
 def _read(conn: sqlite3.Connection, work: Work[T]) -> T:
@@ -356,6 +365,11 @@ def _resolve(done: Future[Any], value: Any, exc: BaseException | None) -> None:
         if translated is not exc:
             translated.__cause__ = exc
         done.set_exception(translated)
+
+
+def _cannot(what: str, path: Path, exc: OSError | sqlite3.Error) -> CannotOpen:
+    damaged = getattr(exc, "sqlite_errorcode", 0) & 0xFF in _DAMAGED
+    return (Damaged if damaged else CannotOpen)(f"cannot {what} {path}: {_plain(exc)}")
 
 
 def _plain(exc: Exception) -> str:

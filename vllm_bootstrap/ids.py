@@ -11,6 +11,9 @@ import re
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 _LAUNCH = re.compile(r"l[0-9a-hjkmnp-tv-z]{20}")
 _GROUP = re.compile(r"g[0-9a-hjkmnp-tv-z]{20}")
+FILE_PREFIX = "file-"
+BATCH_PREFIX, ITEM_PREFIX = "batch_", "item_"
+_FILE = re.compile(FILE_PREFIX + r"[0-9a-hjkmnp-tv-z]{20}")
 RANDOM_BYTES = 7
 
 
@@ -34,3 +37,8 @@ def is_group_id(text: str) -> bool:
     """Whether ``text`` has the form of the id of a group of replicas. A single launch is its own group, under its own
     id, which has not."""
     return _GROUP.fullmatch(text) is not None
+
+
+def is_file_id(text: str) -> bool:
+    """Whether ``text`` has the form of a file's id. Such an id is safe as the name of a file in a folder."""
+    return _FILE.fullmatch(text) is not None

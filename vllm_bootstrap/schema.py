@@ -18,6 +18,10 @@ class CannotOpen(Exception):
     """The database cannot be used; the message says why and what to do."""
 
 
+class Damaged(CannotOpen):
+    """What is stored is not whole: opening it again would not go better."""
+
+
 class NewerSchema(CannotOpen):
     """The database was written by a newer version of this program."""
 

@@ -27,8 +27,6 @@ NOT_BUILT = {
     "TENSOR_PARALLEL": "one-model mode",
     "MAX_MODEL_LEN": "one-model mode",
     "GPU_MEMORY_UTILIZATION": "one-model mode",
-    "BATCH_MAX_SIZE": "batches",
-    "BATCH_MAX_LATENCY_MS": "batches",
 }
 
 
@@ -162,6 +160,25 @@ class Settings(BaseSettings):
     upstream_keep_alive_s: float = Field(4, gt=0)
     revoked_keys_cut_streams: bool = False
     activity_rows: int = Field(100_000, ge=0)
+
+    # Files and batches
+    file_max_bytes: int = Field(2 * GIB, ge=1024)
+    file_expires_after_s: float = Field(30 * 86400, ge=3600)
+    disk_reserve_bytes: int = Field(256 * MIB, ge=0)
+    batch_max_lines: int = Field(1_000_000, ge=1)
+    batch_max_line_bytes: int = Field(8 * MIB, ge=1024)
+    batch_max_unfinished: int = Field(1000, ge=1)
+    batch_line_attempts: int = Field(5, ge=1)
+    batch_kept_s: float = Field(30 * 86400, ge=0)
+    batch_max_size: int = Field(8, ge=1, le=1024, validation_alias=_names("batch_max_size", "BATCH_MAX_SIZE"))
+    batch_max_latency_ms: float = Field(
+        50, ge=0, validation_alias=_names("batch_max_latency_ms", "BATCH_MAX_LATENCY_MS")
+    )
+    item_expires_after_s: float = Field(86400, ge=60)
+    items_max_queued: int = Field(100_000, ge=1)
+    webhook_secret: SecretStr | None = None
+    webhook_allow_private: bool = False
+    webhook_attempts: int = Field(10, ge=1)
 
     # Build facts, shown by /version
     build_sha: str = Field("dev", validation_alias=_names("build_sha", "BUILD_SHA"))

@@ -32,6 +32,9 @@ class Route:
             "{response_id}": "resp_none",
             "{name}": "no-such-asset.css",
             "{request_id}": "no-such-request",
+            "{file_id}": "no-such-file",
+            "{batch_id}": "no-such-batch",
+            "{item_id}": "no-such-item",
         }
         found = self.path
         for name, value in values.items():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from tests.support.batch_desks import FakeBatches, FakeItems, FakeShelf
 from vllm_bootstrap.activity import Activity
 from vllm_bootstrap.api.app import build_api
 from vllm_bootstrap.api.services import Services
@@ -255,7 +256,7 @@ def key(name: str, *names: str, **fields: Any) -> Key:
 def make(keys: Iterable[Key] = (), *, protect_all: bool = False, settings: Mapping[str, Any] | None = None) -> Services:
     """Services of an open daemon, or of one with ``keys``. A key's name is its token."""
     ring = KeyRing(tuple(keys), clock=lambda: NOW)
-    sessions = Sessions(ring, lifetime_s=60)
+    sessions, shelf = Sessions(ring, lifetime_s=60), FakeShelf()
     return Services(
         settings=Settings(state_dir=Path("/"), **dict(settings or {})),
         guard=Guard(ring, sessions, open_access=not ring.configured, protect_all=protect_all),
@@ -264,6 +265,9 @@ def make(keys: Iterable[Key] = (), *, protect_all: bool = False, settings: Mappi
         supervisor=FakeLaunches(),
         gate=FakeTraffic(),
         requests=Inflight(),
+        files=shelf,
+        batches=FakeBatches(shelf),
+        items=FakeItems(),
         activity=Activity.open(Path("/nowhere"), rows=0),
         inventory=FakeDevices(),
         gpus=FakeGpus(),

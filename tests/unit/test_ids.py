@@ -65,3 +65,10 @@ def test_ids_of_launches_and_of_groups_are_told_apart() -> None:
     assert not ids.is_launch_id(group)
     assert not ids.is_group_id(launch)
     assert not ids.is_group_id(group + "\n")
+
+
+def test_ids_of_files_are_safe_names() -> None:
+    made = ids.new_id(ids.FILE_PREFIX, 1, bytes(7))
+    assert ids.is_file_id(made)
+    for other in ("", made + "\n", made[5:], f"../{made}", made.upper(), made + ".part", made.replace("0", "u")):
+        assert not ids.is_file_id(other), other

@@ -9,7 +9,21 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from vllm_bootstrap.api import control, dashboard, docs, gpus, health, logs, metrics_route, models, openapi, requests
+from vllm_bootstrap.api import (
+    batches,
+    control,
+    dashboard,
+    docs,
+    files,
+    gpus,
+    health,
+    items,
+    logs,
+    metrics_route,
+    models,
+    openapi,
+    requests,
+)
 from vllm_bootstrap.api.envelope import Envelope
 from vllm_bootstrap.api.errors import answer_error
 from vllm_bootstrap.api.registrar import Registrar
@@ -25,7 +39,7 @@ def build_api(services: Services) -> FastAPI:
     for kind in (ApiError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, answer_error)
     routes = Registrar(app, services.guard)
-    for module in (health, control, requests, logs, gpus, models, metrics_route, dashboard):
+    for module in (health, control, requests, files, batches, items, logs, gpus, models, metrics_route, dashboard):
         module.register(routes)
     docs.register(routes, lambda: openapi.describe(app, routes.entries))
     app.state.routes = routes

@@ -8,7 +8,6 @@ from vllm_bootstrap.api.answers import answer
 from vllm_bootstrap.api.registrar import Registrar
 from vllm_bootstrap.api.services import Api
 from vllm_bootstrap.auth.types import Rule
-from vllm_bootstrap.errors import Draining, Unavailable
 from vllm_bootstrap.wire import Health, Version
 
 
@@ -28,12 +27,9 @@ async def live() -> Response:
 
 async def healthy(api: Api) -> Response:
     """200 when the daemon can serve; 503 while it starts and while it drains."""
-    if api.phase == "ok":
+    error = api.outage()
+    if error is None:
         return answer(Health(status="ok"))
-    if api.phase == "draining":
-        error: Unavailable = Draining("The daemon is shutting down.", retry_after=10)
-    else:
-        error = Unavailable("The daemon is starting.", retry_after=1)
     return JSONResponse({"status": api.phase, **error.body()}, error.status, error.headers())
 
 

@@ -160,7 +160,8 @@ class Registrar:
             raise ValueError(f"{method} {path} is registered twice")
         entry = Registered(method, path, rule, {k: frozenset(v) for k, v in (details or {}).items()})
         self.entries.append(entry)
-        options.setdefault("responses", {"default": {"model": ErrorBody, "description": "Refusal or failure"}})
+        refusal = {"default": {"model": ErrorBody, "description": "Refusal or failure"}}
+        options["responses"] = {**refusal, **options.get("responses", {})}
         route = GuardedRoute(
             path,
             endpoint,

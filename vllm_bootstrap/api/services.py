@@ -6,8 +6,9 @@ saying whether the daemon can serve and what waits. Knows nothing of HTTP reques
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
 from fastapi import Depends
@@ -15,10 +16,13 @@ from starlette.requests import Request
 
 from vllm_bootstrap.activity import ActivityFilter, ActivityRow, UsageRow
 from vllm_bootstrap.api import views
+from vllm_bootstrap.auth import scopes
 from vllm_bootstrap.auth.guard import Guard
 from vllm_bootstrap.auth.keys import KeyRing
 from vllm_bootstrap.auth.sessions import Sessions
 from vllm_bootstrap.auth.types import Principal
+from vllm_bootstrap.batches.types import BatchEvent, BatchView, FileRow, ItemView, NewBatch, NewItem
+from vllm_bootstrap.errors import Draining, Unavailable
 from vllm_bootstrap.gateway.inflight import RequestInfo
 from vllm_bootstrap.gpus.ledger import Ledger
 from vllm_bootstrap.gpus.readings import Snapshot
@@ -117,6 +121,101 @@ class Devices(Protocol):
         """The devices as last seen, at most ``max_age_s`` seconds old. Never raises: what is not known says so."""
 
 
+class FileShelf(Protocol):
+    """Stored files. ``owner`` None stands for an administrator, who sees everybody's; a file of somebody else is
+    ``NotFound``. What a method returned is on disk; all raise ``StorageFull`` and ``StorageFailed``."""
+
+    def receive(
+        self, owner: str, purpose: str, filename: str, expires_after_s: float | None, *, expected_bytes: int = 0
+    ) -> IncomingFile:
+        """Begin to take a file in; ``expected_bytes`` at least. Raises ``PayloadTooLarge``, ``StorageFull`` when there
+        is no room, ``Unavailable`` when too many come at once."""
+
+    async def get(self, file_id: str, owner: str | None) -> FileRow: ...
+
+    async def list(
+        self, owner: str | None, *, purpose: str | None, after: str | None, limit: int, ascending: bool
+    ) -> tuple[Sequence[FileRow], bool]:
+        """A page, and whether there are more. ``after``: the last id of the page before."""
+
+    async def open(self, file_id: str, owner: str | None) -> tuple[FileRow, Path]:
+        """A file to be read; deleting it meanwhile does not disturb who has opened the path."""
+
+    async def delete(self, file_id: str, owner: str | None) -> None: ...
+
+
+class IncomingFile(Protocol):
+    """A file on its way in: ``write`` pieces, then ``commit`` (or ``abort``, idempotent and after ``commit`` without
+    effect). Does not block the loop. ``purpose`` and ``expires_after_s`` may be set until ``commit``: a form may name
+    them after the file."""
+
+    purpose: str
+    expires_after_s: float | None
+
+    async def write(self, piece: bytes) -> None:
+        """Raises ``PayloadTooLarge``, ``StorageFull``, ``StorageFailed``."""
+
+    async def commit(self) -> FileRow:
+        """On disk, file and row, when this returns."""
+
+    async def abort(self) -> None: ...
+
+
+class BatchDesk(Protocol):
+    """Batches. ``owner`` None stands for an administrator; a batch of somebody else is ``NotFound``. What a method
+    returned is on disk; all that change something raise ``StorageFull`` and ``StorageFailed``."""
+
+    async def create(self, new: NewBatch) -> BatchView:
+        """Accept a batch; its input is validated afterwards. The same idempotency key again returns the same batch, or
+        raises ``BadRequest`` for another request."""
+
+    async def get(self, batch_id: str, owner: str | None) -> BatchView: ...
+
+    async def list(self, owner: str | None, *, after: str | None, limit: int) -> tuple[Sequence[BatchView], bool]:
+        """Newest first."""
+
+    async def cancel(self, batch_id: str, owner: str | None) -> BatchView:
+        """Idempotent; a batch that has ended stays as it is."""
+
+    async def pause(self, batch_id: str, owner: str | None) -> BatchView:
+        """Nothing new is begun, what runs ends. Idempotent. Raises ``Conflict`` when it has ended."""
+
+    async def resume(self, batch_id: str, owner: str | None) -> BatchView: ...
+
+    async def retry(self, batch_id: str, owner: str | None) -> BatchView:
+        """Run the failed lines of an ended batch again. Raises ``Conflict`` where there are none or it runs."""
+
+    async def set_priority(self, batch_id: str, owner: str | None, priority: int) -> BatchView: ...
+
+    async def delete(self, batch_id: str, owner: str | None) -> None:
+        """Forget an ended batch; its files stay. Raises ``Conflict`` while it has not ended."""
+
+    async def events(self, batch_id: str, owner: str | None, *, after: int, limit: int) -> Sequence[BatchEvent]: ...
+
+    def watch(self, batch_id: str, owner: str | None) -> AsyncGenerator[BatchView, None]:
+        """Its view now and after each change, at most twice a second, until it has ended. Raises ``NotFound``."""
+
+    def partial(self, batch_id: str, owner: str | None, *, failed: bool) -> AsyncGenerator[bytes, None]:
+        """The records there are so far, as lines of the output file (or the error file)."""
+
+
+class ItemDesk(Protocol):
+    """Single items, with the same meaning of ``owner``."""
+
+    async def submit(self, new: NewItem) -> ItemView: ...
+
+    async def get(self, item_id: str, owner: str | None, *, wait_s: float = 0) -> ItemView:
+        """``wait_s``: how long to wait for its end before answering."""
+
+    async def list(
+        self, owner: str | None, *, state: str | None, after: str | None, limit: int
+    ) -> tuple[Sequence[ItemView], bool]:
+        """Newest first."""
+
+    async def cancel(self, item_id: str, owner: str | None) -> ItemView:
+        """Idempotent; an item that has ended stays as it is."""
+
+
 class GpuBook(Protocol):
     """GPUs that may not be given out although nobody owns them: UUID to reason."""
 
@@ -137,6 +236,9 @@ class Services:
     gate: Traffic
     requests: Underway
     activity: History
+    files: FileShelf
+    batches: BatchDesk
+    items: ItemDesk
     inventory: Devices
     gpus: GpuBook
     ledger: Ledger
@@ -149,6 +251,18 @@ class Services:
     def queues(self) -> views.Waiting:
         """What waits and what batch may use, everywhere, at this moment."""
         return views.waiting(self.requests.list(), self.gate.budgets())
+
+    def outage(self) -> Unavailable | None:
+        """Why nothing can be taken on at this moment, None when it can."""
+        if self.phase == "draining":
+            return Draining("The daemon is shutting down.", retry_after=10)
+        return None if self.phase == "ok" else Unavailable("The daemon is starting.", retry_after=1)
+
+    def refuse_in_outage(self) -> None:
+        """Raise ``Unavailable`` while nothing can be taken on."""
+        error = self.outage()
+        if error is not None:
+            raise error
 
     def listener(self, caller: Principal) -> Callable[[], bool]:
         """Whether a stream to ``caller`` may go on: asked again and again while it lasts."""
@@ -171,5 +285,12 @@ async def _caller(request: Request) -> Principal:
     return found
 
 
+async def _owner(request: Request) -> str | None:
+    caller = await _caller(request)
+    return None if scopes.allows(caller.scopes, frozenset({scopes.ADMIN})) else caller.name
+
+
 Api = Annotated[Services, Depends(_services)]
 Caller = Annotated[Principal, Depends(_caller)]
+Owner = Annotated[str | None, Depends(_owner)]
+"""Whose things a caller may see: those of its own name; None: an administrator's, everybody's."""

@@ -134,6 +134,10 @@ class Guard:
         right. Changed limits do not matter."""
         return self._open or self._keys.still_allows(principal)
 
+    def named(self, name: str) -> Principal | None:
+        """The key of that name as it is now, None when it is not there or not valid. On an open daemon everybody."""
+        return LOCAL if self._open else self._keys.named(name)
+
     def knows(self, principal: Principal) -> bool:
         """Whether the key of a principal admitted earlier is still there and live, whatever it may do now."""
         return self._open or self._keys.knows(principal.name)

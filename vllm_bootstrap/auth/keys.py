@@ -130,6 +130,12 @@ class KeyRing:
         key = self._by_name.get(name)
         return key is not None and self._is_live(key)
 
+    def named(self, name: str) -> Principal | None:
+        """The live key of that name."""
+        self._refresh()
+        key = self._by_name.get(name)
+        return key.principal if key is not None and self._is_live(key) else None
+
     def still_allows(self, principal: Principal) -> bool:
         """Whether a principal admitted earlier has lost nothing: same key by name, live, with all its scopes, the same
         models and class. Changed limits do not matter."""

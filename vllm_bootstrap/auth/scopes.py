@@ -32,8 +32,12 @@ SCOPES: Mapping[str, Scope] = {
     for scope in (
         Scope(ADMIN, "everything, among it launching, stopping and deleting launches"),
         Scope(REALTIME, "inference in the realtime class"),
-        Scope(BATCH, "inference in the batch class"),
-        Scope(UPLOAD, "own files and adapters", built=False),
+        Scope(
+            BATCH,
+            "inference in the batch class; upload batch inputs; create, read, pause, resume, cancel, retry own batches "
+            "and read their files",
+        ),
+        Scope(UPLOAD, "own files: upload, list, read, delete"),
         Scope(EVAL, "evaluation tasks", built=False),
         Scope(
             MONITOR,

@@ -24,6 +24,8 @@ STATE_STYLES = {
     "ready": "green", "bootstrapping": "cyan", "stopping": "yellow", "stopped": "dim", "failed": "red",
     "free": "green", "claimed": "cyan", "busy": "yellow", "unsettled": "yellow", "unknown": "red",
     "running": "green", "queued": "yellow", "reading": "cyan",
+    "validating": "cyan", "in_progress": "green", "finalizing": "green", "completed": "green", "expired": "red",
+    "cancelling": "yellow", "cancelled": "dim",
 }  # fmt: skip
 
 

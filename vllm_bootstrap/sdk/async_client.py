@@ -9,20 +9,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
-import httpx
-
 from vllm_bootstrap.sdk import calls, discovery, transport
-from vllm_bootstrap.sdk.calls import ActivityFilter, Call, LaunchFields, Replicas, RequestFilter, StreamCall
+from vllm_bootstrap.sdk.async_batches import AsyncBatches, AsyncFiles, AsyncItems
+from vllm_bootstrap.sdk.async_wire import AsyncWire
+from vllm_bootstrap.sdk.calls import ActivityFilter, LaunchFields, Replicas, RequestFilter
 from vllm_bootstrap.sdk.failures import DaemonUnreachable
 from vllm_bootstrap.sdk.launch import Launch, id_of
-from vllm_bootstrap.sdk.sse import EventParser, ServerEvent
+from vllm_bootstrap.sdk.sse import ServerEvent
 from vllm_bootstrap.sdk.transport import Verify
-from vllm_bootstrap.sdk.waiting import OnProgress, Patience, ReadyWait
+from vllm_bootstrap.sdk.waiting import OnProgress, ReadyWait
 from vllm_bootstrap.wire import (
     Deleted,
     GpuListing,
@@ -42,10 +42,6 @@ from vllm_bootstrap.wire_requests import ActivityEntry, CancelResult, RequestEnt
 T = TypeVar("T")
 
 
-def _ignore() -> None:
-    """Nobody wants to know that the stream has begun."""
-
-
 class AsyncClient:
     """Talks to one daemon. Usable as an async context manager; belongs to one event loop.
 
@@ -63,13 +59,12 @@ class AsyncClient:
     ) -> None:
         self.target = discovery.find(url, key)
         self._verify: Verify = verify
-        # A transport of our own keeps httpx from asking the proxies of the environment.
-        own = httpx.AsyncHTTPTransport(verify=verify) if self.target.is_loopback else None
-        self._http = httpx.AsyncClient(**transport.options(self.target, timeout_s), transport=own, verify=verify)
+        self._wire = AsyncWire(self.target, timeout_s, verify)
+        self.files, self.batches, self.items = AsyncFiles(self._wire), AsyncBatches(self._wire), AsyncItems(self._wire)
 
     async def aclose(self) -> None:
         """Close all connections. Idempotent."""
-        await self._http.aclose()
+        await self._wire.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -112,22 +107,22 @@ class AsyncClient:
         """Start loading a model; returns as soon as the launch is on record. The same ``idempotency_key`` again gives
         the same launch; one is made when none is given. With ``replicas`` other than 1 it is a group of launches: all
         of them, or none. Raises ``GpuConflict``, ``GpuUnknown``, ``BadRequest``."""
-        return await self._do(calls.launch(model, fields, idempotency_key or uuid.uuid4().hex, replicas))
+        return await self._wire.do(calls.launch(model, fields, idempotency_key or uuid.uuid4().hex, replicas))
 
     async def status(self, launch_id: str) -> LaunchStatus:
         """State, progress, failure and load of one launch. Raises ``NotFound``."""
-        return await self._do(calls.status(launch_id))
+        return await self._wire.do(calls.status(launch_id))
 
     async def group(self, group_id: str) -> LaunchGroup:
         """A group of replicas, with the state of each. Raises ``NotFound``."""
-        return await self._do(calls.group(group_id))
+        return await self._wire.do(calls.group(group_id))
 
     async def launches(
         self, *, include_ended: bool = False, after: str | None = None, limit: int = 100, group: str | None = None
     ) -> Listing[LaunchStatus]:
         """Launches, newest first, of one ``group`` only where one is given; ``after`` the last id of a page gives the
         next one."""
-        return await self._do(calls.launches(include_ended=include_ended, after=after, limit=limit, group=group))
+        return await self._wire.do(calls.launches(include_ended=include_ended, after=after, limit=limit, group=group))
 
     async def wait_ready(
         self, launch_id: str, *, timeout_s: float | None = None, on_progress: OnProgress | None = None
@@ -187,13 +182,13 @@ class AsyncClient:
     async def events(self, launch_id: str, *, after: int = 0, follow: bool = False) -> AsyncGenerator[LaunchEvent]:
         """The history of a launch behind the event number ``after``; with ``follow``, live until it has ended."""
         if follow:
-            async with contextlib.aclosing(self._follow(calls.follow_events(launch_id, after))) as stream:
+            async with contextlib.aclosing(self._wire.follow(calls.follow_events(launch_id, after))) as stream:
                 async for event in stream:
                     yield LaunchEvent.model_validate_json(event.data)
             return
         more = True
         while more:
-            page = await self._do(calls.events(launch_id, after, limit=1000))
+            page = await self._wire.do(calls.events(launch_id, after, limit=1000))
             for row in page.data:
                 yield row
             more, after = page.has_more, page.data[-1].seq if page.data else after
@@ -203,11 +198,11 @@ class AsyncClient:
     ) -> StopResult:
         """End a launch; idempotent. With ``wait`` returns when its process tree is seen dead and its GPUs are free
         again, for at most ``timeout_s``; ``force`` does not let running requests finish."""
-        return await self._do(calls.stop(launch_id, wait=wait, force=force, timeout_s=timeout_s))
+        return await self._wire.do(calls.stop(launch_id, wait=wait, force=force, timeout_s=timeout_s))
 
     async def delete(self, launch_id: str) -> Deleted:
         """Forget an ended launch and its logs. Raises ``Conflict`` while it has not ended."""
-        return await self._do(calls.delete(launch_id))
+        return await self._wire.do(calls.delete(launch_id))
 
     # -- logs ---------------------------------------------------------------------------------------------------
 
@@ -221,7 +216,7 @@ class AsyncClient:
         attempt: int | None = None,
     ) -> LogPage:
         """A piece of the engine's log, from the byte ``offset`` (default 0) or its last ``tail`` lines."""
-        return await self._do(calls.logs(launch_id, offset=offset, limit=limit, tail=tail, attempt=attempt))
+        return await self._wire.do(calls.logs(launch_id, offset=offset, limit=limit, tail=tail, attempt=attempt))
 
     async def follow_logs(
         self, launch_id: str, *, offset: int | None = None, tail: int | None = None, attempt: int | None = None
@@ -229,7 +224,7 @@ class AsyncClient:
         """The log of one attempt as it grows, until the attempt has ended. Taken up again without a gap when the
         connection breaks."""
         call = calls.follow_logs(launch_id, offset=offset, tail=tail, attempt=attempt)
-        async with contextlib.aclosing(self._follow(call)) as stream:
+        async with contextlib.aclosing(self._wire.follow(call)) as stream:
             async for event in stream:
                 yield LogPage.model_validate_json(event.data)
 
@@ -237,47 +232,47 @@ class AsyncClient:
 
     async def requests(self, **wanted: Unpack[RequestFilter]) -> Listing[RequestEntry]:
         """Inference requests under way, oldest first: being read, waiting for a slot, running."""
-        return await self._do(calls.requests(wanted))
+        return await self._wire.do(calls.requests(wanted))
 
     async def cancel_request(self, request_id: str) -> CancelResult:
         """End a request under way: one's own, or with the scope ``admin`` anybody's. Raises ``NotFound``."""
-        return await self._do(calls.cancel_request(request_id))
+        return await self._wire.do(calls.cancel_request(request_id))
 
     async def activity(self, **wanted: Unpack[ActivityFilter]) -> Listing[ActivityEntry]:
         """Finished inference requests, newest first. Raises ``NotFound`` when the daemon keeps no history."""
-        return await self._do(calls.activity(wanted))
+        return await self._wire.do(calls.activity(wanted))
 
     async def usage(self, since: datetime | None = None) -> UsageListing:
         """Requests and tokens by key, class and model, as far back as the daemon's history goes. Raises
         ``NotFound`` when it keeps none."""
-        return await self._do(calls.usage(since))
+        return await self._wire.do(calls.usage(since))
 
     # -- the box ------------------------------------------------------------------------------------------------
 
     async def gpus(self) -> GpuListing:
         """Every device the daemon may use, with its owners and others' use."""
-        return await self._do(calls.gpus())
+        return await self._wire.do(calls.gpus())
 
     async def stats(self) -> Stats:
         """Figures of host, GPUs and queues."""
-        return await self._do(calls.stats())
+        return await self._wire.do(calls.stats())
 
     async def models(self) -> ModelListing:
         """What can be asked for by name now, as far as the key may see it."""
-        return await self._do(calls.models())
+        return await self._wire.do(calls.models())
 
     async def version(self) -> Version:
-        return await self._do(calls.version())
+        return await self._wire.do(calls.version())
 
     async def healthz(self) -> Health:
         """Raises ``Unavailable`` or ``Draining`` while the daemon cannot serve."""
-        return await self._do(calls.healthz())
+        return await self._wire.do(calls.healthz())
 
     # -- below --------------------------------------------------------------------------------------------------
 
     async def request(self, method: str, path: str, body: Any = None, *, timeout_s: float | None = None) -> Any:
         """Any route, raw: JSON in, JSON out. Never repeated."""
-        return await self._do(calls.raw(method, path, body, timeout_s))
+        return await self._wire.do(calls.raw(method, path, body, timeout_s))
 
     def stream(
         self,
@@ -289,53 +284,4 @@ class AsyncClient:
         body: Any = None,
     ) -> AsyncGenerator[ServerEvent]:
         """Server-sent events of any route, raw. Ends with the stream, complete or not."""
-        return self._events(method, path, transport.stream_options(headers or {}, params or {}, body), _ignore)
-
-    async def _events(
-        self, method: str, path: str, made: Mapping[str, Any], on_open: Callable[[], None]
-    ) -> AsyncGenerator[ServerEvent]:
-        parser = EventParser()
-        try:
-            async with self._http.stream(method, path, **made) as response:
-                if not response.is_success:
-                    transport.check(response, await response.aread())
-                on_open()
-                async for chunk in response.aiter_bytes():
-                    for event in parser.feed(chunk):
-                        yield event
-        except httpx.TransportError as exc:
-            raise transport.unreachable(self.target, exc) from exc
-
-    async def _follow(self, call: StreamCall) -> AsyncGenerator[ServerEvent]:
-        """A stream until its event ``end``, taken up again behind the last event when it breaks."""
-        patience, current = Patience(), call
-        while True:
-            made = transport.stream_options(current.headers(), current.params, None)
-            try:
-                opened = self._events("GET", current.path, made, patience.answered)
-                async with contextlib.aclosing(opened) as stream:
-                    async for event in stream:
-                        if event.name == "end":
-                            return
-                        yield event
-                        current = calls.resumed(current, event)
-                broken = DaemonUnreachable(self.target.url, "the stream ended early")
-            except DaemonUnreachable as exc:
-                broken = exc
-            await asyncio.sleep(patience.missed(broken))
-
-    async def _do(self, call: Call[T]) -> T:
-        try:
-            response = await self._send(call)
-        except httpx.TransportError as exc:
-            raise transport.unreachable(self.target, exc) from exc
-        return transport.read_answer(call, response)
-
-    async def _send(self, call: Call[Any]) -> httpx.Response:
-        made = transport.request_options(call)
-        try:
-            return await self._http.request(call.method, call.path, **made)
-        except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
-            if not call.may_repeat:
-                raise
-        return await self._http.request(call.method, call.path, **made)
+        return self._wire.events(method, path, transport.stream_options(headers or {}, params or {}, body))

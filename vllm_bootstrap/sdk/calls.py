@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Generic, Literal, TypedDict, TypeVar
+from typing import Any, BinaryIO, Generic, Literal, TypedDict, TypeVar
 from urllib.parse import quote
 
 from pydantic import TypeAdapter
@@ -102,6 +102,15 @@ class ActivityFilter(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """A file to be sent, read as it goes out, and what is said about it."""
+
+    source: BinaryIO
+    filename: str
+    fields: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
     """``read`` makes the result out of the body. ``may_repeat``: sending it again does no harm, so a broken connection
     is tried once more. ``timeout_s`` None: the client's own."""
@@ -111,6 +120,7 @@ class Call(Generic[T]):
     read: Callable[[bytes], T]
     params: Mapping[str, str | int] = field(default_factory=dict)
     body: Mapping[str, Any] | None = None
+    form: Form | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     timeout_s: float | None = None
     may_repeat: bool = False
@@ -134,8 +144,8 @@ def launch(
     model: str, fields: Mapping[str, Any], idempotency_key: str, replicas: Replicas | None = None
 ) -> Call[LaunchStatus | LaunchGroup]:
     """``fields`` that are None are left out."""
-    given = {**fields, "replicas": replicas}
-    body = {"model": model, **{name: value for name, value in given.items() if value is not None}}
+    known = {**fields, "replicas": replicas}
+    body = {"model": model, **{name: value for name, value in known.items() if value is not None}}
     headers = {"idempotency-key": idempotency_key}
     return Call("POST", "/launch", _STATUS_OR_GROUP.validate_json, body=body, headers=headers, may_repeat=True)
 
@@ -147,7 +157,7 @@ def status(launch_id: str) -> Call[LaunchStatus]:
             raise UnexpectedAnswer(f"{launch_id} is a group of replicas: group() and wait_group() are for these.")
         return found
 
-    return Call("GET", f"/status/{_segment(launch_id)}", read, may_repeat=True)
+    return Call("GET", f"/status/{segment(launch_id)}", read, may_repeat=True)
 
 
 def group(group_id: str) -> Call[LaunchGroup]:
@@ -157,37 +167,37 @@ def group(group_id: str) -> Call[LaunchGroup]:
             raise UnexpectedAnswer(f"{group_id} is a single launch: status() and wait_ready() are for these.")
         return found
 
-    return Call("GET", f"/status/{_segment(group_id)}", read, may_repeat=True)
+    return Call("GET", f"/status/{segment(group_id)}", read, may_repeat=True)
 
 
 def launches(
     *, include_ended: bool, after: str | None, limit: int, group: str | None = None
 ) -> Call[Listing[LaunchStatus]]:
-    params = _given({"all": "true" if include_ended else None, "group": group, "after": after, "limit": limit})
+    params = given({"all": "true" if include_ended else None, "group": group, "after": after, "limit": limit})
     return Call("GET", "/launches", _STATUSES.validate_json, params, may_repeat=True)
 
 
 def events(launch_id: str, after: int, limit: int) -> Call[Listing[LaunchEvent]]:
-    path = f"/status/{_segment(launch_id)}/events"
+    path = f"/status/{segment(launch_id)}/events"
     return Call("GET", path, _EVENTS.validate_json, {"after": after, "limit": limit}, may_repeat=True)
 
 
 def logs(
     launch_id: str, *, offset: int | None, limit: int | None, tail: int | None, attempt: int | None
 ) -> Call[LogPage]:
-    params = _given({"offset": offset, "limit": limit, "tail": tail, "attempt": attempt})
-    return Call("GET", f"/logs/{_segment(launch_id)}", LogPage.model_validate_json, params, may_repeat=True)
+    params = given({"offset": offset, "limit": limit, "tail": tail, "attempt": attempt})
+    return Call("GET", f"/logs/{segment(launch_id)}", LogPage.model_validate_json, params, may_repeat=True)
 
 
 def stop(launch_id: str, *, wait: bool, force: bool, timeout_s: float) -> Call[StopResult]:
-    params = _given({"wait": None if wait else "false", "force": "true" if force else None})
-    path = f"/stop/{_segment(launch_id)}"
+    params = given({"wait": None if wait else "false", "force": "true" if force else None})
+    path = f"/stop/{segment(launch_id)}"
     patience = timeout_s if wait else None
     return Call("POST", path, StopResult.model_validate_json, params, timeout_s=patience, may_repeat=True)
 
 
 def delete(launch_id: str) -> Call[Deleted]:
-    return Call("DELETE", f"/launches/{_segment(launch_id)}", Deleted.model_validate_json)
+    return Call("DELETE", f"/launches/{segment(launch_id)}", Deleted.model_validate_json)
 
 
 def requests(wanted: RequestFilter) -> Call[Listing[RequestEntry]]:
@@ -195,7 +205,7 @@ def requests(wanted: RequestFilter) -> Call[Listing[RequestEntry]]:
 
 
 def cancel_request(request_id: str) -> Call[CancelResult]:
-    return Call("POST", f"/requests/{_segment(request_id)}/cancel", CancelResult.model_validate_json)
+    return Call("POST", f"/requests/{segment(request_id)}/cancel", CancelResult.model_validate_json)
 
 
 def activity(wanted: ActivityFilter) -> Call[Listing[ActivityEntry]]:
@@ -208,10 +218,10 @@ def usage(since: datetime | None) -> Call[UsageListing]:
 
 def _filter(wanted: Mapping[str, Any]) -> dict[str, str | int]:
     """A filter as query parameters."""
-    given = {"class" if name == "request_class" else name: value for name, value in wanted.items()}
-    if given.get("since") is not None:
-        given["since"] = given["since"].astimezone().isoformat()
-    return _given(given)
+    named = {"class" if name == "request_class" else name: value for name, value in wanted.items()}
+    if named.get("since") is not None:
+        named["since"] = named["since"].astimezone().isoformat()
+    return given(named)
 
 
 def gpus() -> Call[GpuListing]:
@@ -257,12 +267,12 @@ class StreamCall:
 
 
 def follow_events(launch_id: str, after: int) -> StreamCall:
-    return StreamCall(f"/status/{_segment(launch_id)}/events", {"after": after})
+    return StreamCall(f"/status/{segment(launch_id)}/events", {"after": after})
 
 
 def follow_logs(launch_id: str, *, offset: int | None, tail: int | None, attempt: int | None) -> StreamCall:
-    params = _given({"offset": offset, "tail": tail, "attempt": attempt})
-    return StreamCall(f"/logs/{_segment(launch_id)}", params, pins_attempt=attempt is None)
+    params = given({"offset": offset, "tail": tail, "attempt": attempt})
+    return StreamCall(f"/logs/{segment(launch_id)}", params, pins_attempt=attempt is None)
 
 
 def resumed(call: StreamCall, event: ServerEvent) -> StreamCall:
@@ -275,9 +285,11 @@ def resumed(call: StreamCall, event: ServerEvent) -> StreamCall:
     return StreamCall(call.path, kept, event.id)
 
 
-def _given(params: Mapping[str, str | int | None]) -> dict[str, str | int]:
+def given(params: Mapping[str, str | int | None]) -> dict[str, str | int]:
+    """Query parameters without those that are left out."""
     return {name: value for name, value in params.items() if value is not None}
 
 
-def _segment(text: str) -> str:
+def segment(text: str) -> str:
+    """``text`` as one segment of a path, whatever stands in it."""
     return quote(text, safe="")

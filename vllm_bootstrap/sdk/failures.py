@@ -6,7 +6,8 @@ The tree::
     ├── DaemonUnreachable   nobody answers, or the connection broke
     ├── UnexpectedAnswer    somebody answers, but not as this daemon does
     ├── LaunchFailed        a launch that was waited for has ended (``status`` says how)
-    └── WaitTimeout         a launch that was waited for is not ready yet (also a ``TimeoutError``)
+    ├── WaitTimeout         a launch that was waited for is not ready yet (also a ``TimeoutError``)
+    └── EndTimeout          a batch or an item that was waited for has not ended yet (also a ``TimeoutError``)
 """
 
 from __future__ import annotations
@@ -57,3 +58,10 @@ class WaitTimeout(ClientError, TimeoutError):
         where = f" (phase: {phase})" if phase else ""
         super().__init__(f"Launch {launch_id} is not ready after {timeout_s:g} s{where}. It goes on starting.")
         self.status = status
+
+
+class EndTimeout(ClientError, TimeoutError):
+    """The batch or item goes on; only the waiting has ended."""
+
+    def __init__(self, what: str, timeout_s: float) -> None:
+        super().__init__(f"{what} has not ended after {timeout_s:g} s. It goes on.")

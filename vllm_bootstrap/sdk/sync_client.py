@@ -9,20 +9,20 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
-import httpx
-
 from vllm_bootstrap.sdk import calls, discovery, transport
-from vllm_bootstrap.sdk.calls import ActivityFilter, Call, LaunchFields, Replicas, RequestFilter, StreamCall
+from vllm_bootstrap.sdk.calls import ActivityFilter, LaunchFields, Replicas, RequestFilter
 from vllm_bootstrap.sdk.failures import DaemonUnreachable
 from vllm_bootstrap.sdk.launch import Launch, id_of
-from vllm_bootstrap.sdk.sse import EventParser, ServerEvent
+from vllm_bootstrap.sdk.sse import ServerEvent
+from vllm_bootstrap.sdk.sync_batches import Batches, Files, Items
+from vllm_bootstrap.sdk.sync_wire import SyncWire
 from vllm_bootstrap.sdk.transport import Verify
-from vllm_bootstrap.sdk.waiting import OnProgress, Patience, ReadyWait
+from vllm_bootstrap.sdk.waiting import OnProgress, ReadyWait
 from vllm_bootstrap.wire import (
     Deleted,
     GpuListing,
@@ -42,10 +42,6 @@ from vllm_bootstrap.wire_requests import ActivityEntry, CancelResult, RequestEnt
 T = TypeVar("T")
 
 
-def _ignore() -> None:
-    """Nobody wants to know that the stream has begun."""
-
-
 class Client:
     """Talks to one daemon. Usable as a context manager; may be shared between threads.
 
@@ -63,13 +59,12 @@ class Client:
     ) -> None:
         self.target = discovery.find(url, key)
         self._verify: Verify = verify
-        # A transport of our own keeps httpx from asking the proxies of the environment.
-        own = httpx.HTTPTransport(verify=verify) if self.target.is_loopback else None
-        self._http = httpx.Client(**transport.options(self.target, timeout_s), transport=own, verify=verify)
+        self._wire = SyncWire(self.target, timeout_s, verify)
+        self.files, self.batches, self.items = Files(self._wire), Batches(self._wire), Items(self._wire)
 
     def close(self) -> None:
         """Close all connections. Idempotent."""
-        self._http.close()
+        self._wire.close()
 
     def __enter__(self) -> Self:
         return self
@@ -110,22 +105,22 @@ class Client:
         """Start loading a model; returns as soon as the launch is on record. The same ``idempotency_key`` again gives
         the same launch; one is made when none is given. With ``replicas`` other than 1 it is a group of launches: all
         of them, or none. Raises ``GpuConflict``, ``GpuUnknown``, ``BadRequest``."""
-        return self._do(calls.launch(model, fields, idempotency_key or uuid.uuid4().hex, replicas))
+        return self._wire.do(calls.launch(model, fields, idempotency_key or uuid.uuid4().hex, replicas))
 
     def status(self, launch_id: str) -> LaunchStatus:
         """State, progress, failure and load of one launch. Raises ``NotFound``."""
-        return self._do(calls.status(launch_id))
+        return self._wire.do(calls.status(launch_id))
 
     def group(self, group_id: str) -> LaunchGroup:
         """A group of replicas, with the state of each. Raises ``NotFound``."""
-        return self._do(calls.group(group_id))
+        return self._wire.do(calls.group(group_id))
 
     def launches(
         self, *, include_ended: bool = False, after: str | None = None, limit: int = 100, group: str | None = None
     ) -> Listing[LaunchStatus]:
         """Launches, newest first, of one ``group`` only where one is given; ``after`` the last id of a page gives the
         next one."""
-        return self._do(calls.launches(include_ended=include_ended, after=after, limit=limit, group=group))
+        return self._wire.do(calls.launches(include_ended=include_ended, after=after, limit=limit, group=group))
 
     def wait_ready(
         self, launch_id: str, *, timeout_s: float | None = None, on_progress: OnProgress | None = None
@@ -185,23 +180,23 @@ class Client:
     def events(self, launch_id: str, *, after: int = 0, follow: bool = False) -> Generator[LaunchEvent]:
         """The history of a launch behind the event number ``after``; with ``follow``, live until it has ended."""
         if follow:
-            stream = self._follow(calls.follow_events(launch_id, after))
+            stream = self._wire.follow(calls.follow_events(launch_id, after))
             yield from (LaunchEvent.model_validate_json(event.data) for event in stream)
             return
         more = True
         while more:
-            page = self._do(calls.events(launch_id, after, limit=1000))
+            page = self._wire.do(calls.events(launch_id, after, limit=1000))
             yield from page.data
             more, after = page.has_more, page.data[-1].seq if page.data else after
 
     def stop(self, launch_id: str, *, wait: bool = True, force: bool = False, timeout_s: float = 300.0) -> StopResult:
         """End a launch; idempotent. With ``wait`` returns when its process tree is seen dead and its GPUs are free
         again, for at most ``timeout_s``; ``force`` does not let running requests finish."""
-        return self._do(calls.stop(launch_id, wait=wait, force=force, timeout_s=timeout_s))
+        return self._wire.do(calls.stop(launch_id, wait=wait, force=force, timeout_s=timeout_s))
 
     def delete(self, launch_id: str) -> Deleted:
         """Forget an ended launch and its logs. Raises ``Conflict`` while it has not ended."""
-        return self._do(calls.delete(launch_id))
+        return self._wire.do(calls.delete(launch_id))
 
     # -- logs ---------------------------------------------------------------------------------------------------
 
@@ -215,7 +210,7 @@ class Client:
         attempt: int | None = None,
     ) -> LogPage:
         """A piece of the engine's log, from the byte ``offset`` (default 0) or its last ``tail`` lines."""
-        return self._do(calls.logs(launch_id, offset=offset, limit=limit, tail=tail, attempt=attempt))
+        return self._wire.do(calls.logs(launch_id, offset=offset, limit=limit, tail=tail, attempt=attempt))
 
     def follow_logs(
         self, launch_id: str, *, offset: int | None = None, tail: int | None = None, attempt: int | None = None
@@ -223,53 +218,53 @@ class Client:
         """The log of one attempt as it grows, until the attempt has ended. Taken up again without a gap when the
         connection breaks."""
         call = calls.follow_logs(launch_id, offset=offset, tail=tail, attempt=attempt)
-        yield from (LogPage.model_validate_json(event.data) for event in self._follow(call))
+        yield from (LogPage.model_validate_json(event.data) for event in self._wire.follow(call))
 
     # -- requests -----------------------------------------------------------------------------------------------
 
     def requests(self, **wanted: Unpack[RequestFilter]) -> Listing[RequestEntry]:
         """Inference requests under way, oldest first: being read, waiting for a slot, running."""
-        return self._do(calls.requests(wanted))
+        return self._wire.do(calls.requests(wanted))
 
     def cancel_request(self, request_id: str) -> CancelResult:
         """End a request under way: one's own, or with the scope ``admin`` anybody's. Raises ``NotFound``."""
-        return self._do(calls.cancel_request(request_id))
+        return self._wire.do(calls.cancel_request(request_id))
 
     def activity(self, **wanted: Unpack[ActivityFilter]) -> Listing[ActivityEntry]:
         """Finished inference requests, newest first. Raises ``NotFound`` when the daemon keeps no history."""
-        return self._do(calls.activity(wanted))
+        return self._wire.do(calls.activity(wanted))
 
     def usage(self, since: datetime | None = None) -> UsageListing:
         """Requests and tokens by key, class and model, as far back as the daemon's history goes. Raises
         ``NotFound`` when it keeps none."""
-        return self._do(calls.usage(since))
+        return self._wire.do(calls.usage(since))
 
     # -- the box ------------------------------------------------------------------------------------------------
 
     def gpus(self) -> GpuListing:
         """Every device the daemon may use, with its owners and others' use."""
-        return self._do(calls.gpus())
+        return self._wire.do(calls.gpus())
 
     def stats(self) -> Stats:
         """Figures of host, GPUs and queues."""
-        return self._do(calls.stats())
+        return self._wire.do(calls.stats())
 
     def models(self) -> ModelListing:
         """What can be asked for by name now, as far as the key may see it."""
-        return self._do(calls.models())
+        return self._wire.do(calls.models())
 
     def version(self) -> Version:
-        return self._do(calls.version())
+        return self._wire.do(calls.version())
 
     def healthz(self) -> Health:
         """Raises ``Unavailable`` or ``Draining`` while the daemon cannot serve."""
-        return self._do(calls.healthz())
+        return self._wire.do(calls.healthz())
 
     # -- below --------------------------------------------------------------------------------------------------
 
     def request(self, method: str, path: str, body: Any = None, *, timeout_s: float | None = None) -> Any:
         """Any route, raw: JSON in, JSON out. Never repeated."""
-        return self._do(calls.raw(method, path, body, timeout_s))
+        return self._wire.do(calls.raw(method, path, body, timeout_s))
 
     def stream(
         self,
@@ -281,50 +276,4 @@ class Client:
         body: Any = None,
     ) -> Generator[ServerEvent]:
         """Server-sent events of any route, raw. Ends with the stream, complete or not."""
-        return self._events(method, path, transport.stream_options(headers or {}, params or {}, body), _ignore)
-
-    def _events(
-        self, method: str, path: str, made: Mapping[str, Any], on_open: Callable[[], None]
-    ) -> Generator[ServerEvent]:
-        parser = EventParser()
-        try:
-            with self._http.stream(method, path, **made) as response:
-                if not response.is_success:
-                    transport.check(response, response.read())
-                on_open()
-                for chunk in response.iter_bytes():
-                    yield from parser.feed(chunk)
-        except httpx.TransportError as exc:
-            raise transport.unreachable(self.target, exc) from exc
-
-    def _follow(self, call: StreamCall) -> Generator[ServerEvent]:
-        """A stream until its event ``end``, taken up again behind the last event when it breaks."""
-        patience, current = Patience(), call
-        while True:
-            made = transport.stream_options(current.headers(), current.params, None)
-            try:
-                for event in self._events("GET", current.path, made, patience.answered):
-                    if event.name == "end":
-                        return
-                    yield event
-                    current = calls.resumed(current, event)
-                broken = DaemonUnreachable(self.target.url, "the stream ended early")
-            except DaemonUnreachable as exc:
-                broken = exc
-            time.sleep(patience.missed(broken))
-
-    def _do(self, call: Call[T]) -> T:
-        try:
-            response = self._send(call)
-        except httpx.TransportError as exc:
-            raise transport.unreachable(self.target, exc) from exc
-        return transport.read_answer(call, response)
-
-    def _send(self, call: Call[Any]) -> httpx.Response:
-        made = transport.request_options(call)
-        try:
-            return self._http.request(call.method, call.path, **made)
-        except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
-            if not call.may_repeat:
-                raise
-        return self._http.request(call.method, call.path, **made)
+        return self._wire.events(method, path, transport.stream_options(headers or {}, params or {}, body))

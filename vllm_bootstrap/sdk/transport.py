@@ -42,6 +42,10 @@ def request_options(call: Call[Any]) -> dict[str, Any]:
     made: dict[str, Any] = {"params": call.params, "headers": call.headers}
     if call.body is not None:
         made["json"] = call.body
+    if call.form is not None:
+        # The fields first: whoever takes the file in knows by then what it is for.
+        made["data"] = dict(call.form.fields)
+        made["files"] = {"file": (call.form.filename, call.form.source, "application/octet-stream")}
     if call.timeout_s is not None:
         made["timeout"] = httpx.Timeout(call.timeout_s, connect=CONNECT_TIMEOUT_S)
     return made
@@ -52,6 +56,12 @@ def stream_options(headers: Mapping[str, str], params: Mapping[str, str | int], 
     silence = httpx.Timeout(STREAM_SILENCE_S if body is None else None, connect=CONNECT_TIMEOUT_S)
     made: dict[str, Any] = {"params": params, "headers": headers, "timeout": silence}
     return made if body is None else {**made, "json": body}
+
+
+def download_options(headers: Mapping[str, str]) -> dict[str, Any]:
+    """Arguments of one request whose answer is a stream of bytes, as they are."""
+    silence = httpx.Timeout(STREAM_SILENCE_S, connect=CONNECT_TIMEOUT_S)
+    return {"headers": {"accept-encoding": "identity", **headers}, "timeout": silence}
 
 
 def read_answer(call: Call[T], response: httpx.Response) -> T:

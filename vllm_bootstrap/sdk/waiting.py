@@ -1,4 +1,4 @@
-"""The decisions of waiting for a launch and of following a stream across interruptions. No input or output.
+"""The decisions of waiting for a launch or a batch and of following a stream across interruptions. No input or output.
 
 Invariant: a daemon that is restarted under a client (its launches go on) looks like a pause, not like an end; one
 that stays away is an error after ``RESTART_PATIENCE_S``.
@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
-from vllm_bootstrap.sdk.failures import DaemonUnreachable, LaunchFailed, WaitTimeout
+from vllm_bootstrap.sdk.failures import DaemonUnreachable, EndTimeout, LaunchFailed, WaitTimeout
 from vllm_bootstrap.wire import LaunchGroup, LaunchStatus
 
 RESTART_PATIENCE_S = 60.0
 FIRST_POLL_S, SLOWEST_POLL_S = 0.1, 0.5
 ENDED = frozenset({"stopped", "failed"})
 
+SLOWEST_BATCH_POLL_S = 2.0
+
+T = TypeVar("T")
 OnProgress = Callable[[LaunchStatus], object]
 Clock = Callable[[], float]
 
@@ -99,3 +103,46 @@ class ReadyWait:
         if left <= 0:
             raise WaitTimeout(self._last, self._launch_id, self._timeout_s)
         return min(self._poll_s, left)
+
+
+class EndWait(Generic[T]):
+    """Waiting until something has ended, whatever way. The caller polls: ``saw`` or ``missed`` after each poll, then
+    ``pause``. ``over`` says whether what was seen has ended."""
+
+    def __init__(
+        self,
+        what: str,
+        timeout_s: float | None,
+        over: Callable[[T], bool],
+        on_progress: Callable[[T], object] | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._what, self._timeout_s, self._over, self._on_progress = what, timeout_s, over, on_progress
+        self._clock, self._began = clock, clock()
+        self._patience = Patience(clock=clock)
+        self._poll_s = FIRST_POLL_S
+
+    def saw(self, now: T) -> bool:
+        """Whether the waiting is over."""
+        self._patience.answered()
+        if self._on_progress is not None:
+            self._on_progress(now)
+        return self._over(now)
+
+    def missed(self, error: DaemonUnreachable) -> None:
+        """The poll found nobody. Raises ``error`` when that lasts."""
+        self._patience.missed(error)
+
+    def left(self, most: float) -> float:
+        """Seconds that are left, at most ``most``. Raises ``EndTimeout`` when there are none."""
+        if self._timeout_s is None:
+            return most
+        left = self._timeout_s - (self._clock() - self._began)
+        if left <= 0:
+            raise EndTimeout(self._what, self._timeout_s)
+        return min(most, left)
+
+    def pause(self) -> float:
+        """Seconds until the next poll. Raises ``EndTimeout``."""
+        self._poll_s = min(SLOWEST_BATCH_POLL_S, self._poll_s * 1.5)
+        return self.left(self._poll_s)

@@ -50,6 +50,7 @@ class App:
         self.accepted = 0
         self.answered = 0
         self.on_answered: Callable[[int], None] = lambda _: None
+        self.on_poison: Callable[[], None] = lambda: None
 
     def _at_fixed_rates(self, clock: Callable[[], float]) -> Model:
         options = self.options
@@ -80,9 +81,11 @@ class App:
             fcfs=options.scheduling_policy == "fcfs",
         )
 
-    def accept(self) -> None:
+    def accept(self, exchange: Exchange) -> None:
         """Count an inference request that goes to the batch."""
         self.accepted += 1
+        if self.options.poison and self.options.poison.encode() in exchange.body:
+            self.call_later(0, self.on_poison)
         if self.options.hang_after and self.accepted > self.options.hang_after:
             self.batch.freeze(HANG)
 

@@ -87,6 +87,7 @@ class Options:
 
     crash_after_requests: int = _option(0, "exit with 1 after so many answered requests, leaving children behind")
     exit_zero_after: int = _option(0, "lose the engine process after so many answered requests, then exit with 0")
+    poison: str | None = _option(None, "lose the engine process when a request holds this text, then exit with 0")
     hang_after: int = _option(0, "stop producing tokens after so many accepted requests; /health stays 200")
     ignore_sigterm: bool = _option(False, "only SIGKILL ends it")
     slow_stop: float = _option(0.0, "seconds that stopping takes")

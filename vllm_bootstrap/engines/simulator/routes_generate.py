@@ -58,7 +58,7 @@ def _generate(
         priority=priority,
         finished=app.finished,
     )
-    app.accept()
+    app.accept(exchange)
     generation.start(app.batch)
 
 

@@ -36,7 +36,7 @@ def _pool(
             400, f"This model's maximum context length is {app.context_length} tokens; the input has {longest}."
         )
     priority = priority_of(app, exchange, body)
-    app.accept()
+    app.accept(exchange)
     Pooling(exchange, reply, prompt_tokens=tokens, priority=priority, finished=app.finished).start(app.batch)
 
 

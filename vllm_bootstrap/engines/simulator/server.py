@@ -43,7 +43,7 @@ class Server:
         self, options: Options, env: Mapping[str, str], loop: asyncio.AbstractEventLoop, core: EngineProcess
     ) -> None:
         self.app = App(options, env, clock=loop.time, call_later=loop.call_later)
-        self.app.on_answered = self._answered
+        self.app.on_answered, self.app.on_poison = self._answered, core.kill
         self.connections: set[HttpProtocol] = set()
         self.websockets: set[websocket.WebSocket] = set()
         self.keep_alive_timeout = options.keep_alive_timeout

@@ -1,0 +1,1 @@
+"""Durable batches: files of requests, single items, and what carries them out. ``service`` is what others may call."""
