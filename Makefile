@@ -89,6 +89,11 @@ bench-cosched: $(READY)  ## realtime beside a saturating batch, on a real vLLM f
 bench-proxy: $(READY)  ## what a proxied request and chunk cost: nginx, sglang-router, FastAPI + httpx, ours
 	$(PY) -m bench.proxy $(ARGS)
 
+.PHONY: bench-batches
+bench-batches: $(READY)  ## durable batches: lines a second, a million lines, validation beside realtime, a real vLLM
+	@$(PY) scripts/engine_env.py $(VLLM_ENGINE_ENV)
+	VLLM_ENGINE_ENV=$(VLLM_ENGINE_ENV) $(PY) -m bench.batches $(ARGS)
+
 .PHONY: bench-overload
 bench-overload: $(READY)  ## goodput, refusals and memory at 0.5 to 5 times what an engine can do (simulator)
 	$(PY) -m bench.overload $(ARGS)

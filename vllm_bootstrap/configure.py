@@ -112,6 +112,7 @@ def batch_config(settings: Settings, folder: Path, node_id: str) -> BatchConfig:
         max_line_bytes=settings.batch_max_line_bytes,
         max_unfinished=settings.batch_max_unfinished,
         line_attempts=settings.batch_line_attempts,
+        prefix_order=settings.batch_prefix_order,
         kept_s=settings.batch_kept_s,
         max_size=settings.batch_max_size,
         max_latency_s=settings.batch_max_latency_ms / 1000,

@@ -169,6 +169,7 @@ class Settings(BaseSettings):
     batch_max_line_bytes: int = Field(8 * MIB, ge=1024)
     batch_max_unfinished: int = Field(1000, ge=1)
     batch_line_attempts: int = Field(5, ge=1)
+    batch_prefix_order: bool = True
     batch_kept_s: float = Field(30 * 86400, ge=0)
     batch_max_size: int = Field(8, ge=1, le=1024, validation_alias=_names("batch_max_size", "BATCH_MAX_SIZE"))
     batch_max_latency_ms: float = Field(

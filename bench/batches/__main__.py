@@ -6,6 +6,8 @@
 * scale: a million lines: upload, validation, memory of the daemon beside that with ten thousand, a kill -9 in the
   middle and how long until it serves and works again;
 * validation: time to first byte of a realtime stream while a gigabyte is validated, beside the same without;
+* prefixes: lines that share long beginnings, in the order of the file and as they are run by default, on the simulator
+  with a prefix cache that holds a part of the beginnings;
 * engine: lines a second on a real vLLM (CPU build), through a batch and driven directly at the same concurrency, in
   turns; and completions joined or not.
 
@@ -19,9 +21,10 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from bench.batches import real
 from bench.batches.box import CHAT, COMPLETIONS, Box, chats, completions, write_input
@@ -147,11 +150,39 @@ def first_bytes(box: Box, over: Callable[[float], bool]) -> list[float]:
     return times
 
 
+def prefixes(args: argparse.Namespace, home: Path) -> None:
+    path = write_input(home / "prefixes.jsonl", alike(48, 25))
+    rows = []
+    for name, order in (("as in the file", False), ("by beginnings", True)):
+        with Box(batch_prefix_order=order) as box:
+            # 128 tokens a block: room for what runs and some ten of the beginnings.
+            box.launch(8, profile="vllm-cpu-tiny", num_gpu_blocks_override=300)
+            rates = [box.run(path).rate for _ in range(args.rounds)]
+            text = box.daemon.request("GET", f"/proxy/{box.launch_id}/metrics").body.decode()
+            asked, hit = (metric(text, f"vllm:prefix_cache_{what}_total") for what in ("queries", "hits"))
+            hits = hit / asked
+        rows.append([name, f"{median(rates):.0f}", f"{100 * hits:.0f} %"])
+    print("\n1,200 lines with 48 different beginnings of 2,000 words, in turns; simulator, profile vllm-cpu-tiny\n")
+    print(table(["order", "lines/s", "prompt tokens found in the prefix cache"], rows), flush=True)
+
+
+def alike(beginnings: int, each: int) -> Iterator[dict[str, Any]]:
+    for number in range(beginnings * each):
+        begin = f"instruction {number % beginnings} " * 1000
+        messages = [{"role": "system", "content": begin}, {"role": "user", "content": f"question {number}"}]
+        yield {"model": "sim", "messages": messages, "max_tokens": 4}
+
+
+def metric(text: str, name: str) -> float:
+    return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
+
+
 def engine(args: argparse.Namespace, home: Path) -> None:
     real.run(home, lines=args.engine_lines, rounds=args.rounds)
 
 
-PARTS = {"throughput": throughput, "joining": joining, "scale": scale, "validation": validation, "engine": engine}
+PARTS = {"throughput": throughput, "joining": joining, "scale": scale, "validation": validation, "prefixes": prefixes,
+         "engine": engine}  # fmt: skip
 
 
 def main() -> None:

@@ -121,6 +121,8 @@ class World:
         view = await self.launch(**wish)
         found = await self.until(view.launch_id, "ready", "failed")
         assert found.state == "ready", found.failure
+        # Traffic goes to it before that is on disk; a crash in between finds it starting.
+        await eventually(lambda: any(e.launch_id == view.launch_id and e.to_state == "ready" for e in self.told))
         return found
 
     async def chat(self, launch_id: str, *, max_tokens: int = 3, timeout_s: float = 5.0) -> int:
