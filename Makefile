@@ -37,7 +37,7 @@ demo: $(READY)  ## launch, chat and stop with the simulator: no GPU, no vLLM
 
 .PHONY: test
 test: $(READY)  ## all tests but those that need a real vLLM or a GPU
-	$(PY) -m pytest $(ARGS)
+	@$(PY) scripts/run_tests.py $(ARGS)
 
 .PHONY: test-vllm
 test-vllm: $(READY)  ## tests against a real vLLM (CPU build, made in .engine/ the first time)
@@ -69,7 +69,7 @@ architecture: $(READY)
 .PHONY: coverage
 coverage: $(READY)
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest $(ARGS)
+	@$(PY) scripts/run_tests.py --coverage $(ARGS)
 	@$(PY) scripts/check_coverage.py
 
 .PHONY: chaos

@@ -236,7 +236,12 @@ class Daemon:
         )
         folder = instance.private_dir(settings.state_dir / "batches")
         self._batches = BatchDepartment(
-            batch_config(settings, folder, self._instance.node_id), self._db, self._files, gateway, self._guard.named
+            batch_config(settings, folder, self._instance.node_id),
+            self._db,
+            self._files,
+            gateway,
+            self._guard.named,
+            tally=self._metrics.batch_lines,
         )
         self._guard.on_change(self._batches.dispatcher.keys_changed)
         self.services = Services(

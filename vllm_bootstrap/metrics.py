@@ -24,7 +24,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.registry import Collector
 
 from vllm_bootstrap.launches.types import EventView
-from vllm_bootstrap.tallies import SHORT_S, ClassTally, Spread, Traffic
+from vllm_bootstrap.tallies import SHORT_S, BatchTally, ClassTally, Spread, Traffic
 
 # They would be a second series for each counter, which nobody here reads.
 disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no types for it
@@ -46,6 +46,7 @@ class Metrics:
         self._declare_gpus()
         self._declare_control_plane()
         self._declare_data_plane()
+        self._declare_batches()
 
     def _declare_launches(self) -> None:
         self.launches = self._gauge("launches", "Active launches by state.", "state")
@@ -89,6 +90,13 @@ class Metrics:
             "realtime_reserve_sequences", "Slots that batch never gets, kept for realtime.", "model"
         )
         self.registry.register(_TrafficMetrics(self.traffic, self._note))
+
+    def _declare_batches(self) -> None:
+        self.batch_lines = BatchTally()
+        self.batches = self._gauge("batches", "Batches that have not ended, by state.", "state")
+        self.batches_paused = self._gauge("batches_paused", "Batches that have not ended and are paused.")
+        self.items_waiting = self._gauge("items_waiting", "Single items that have not ended.")
+        self.registry.register(_BatchMetrics(self.batch_lines, self._note))
 
     def _note(self, name: str, kind: str, labels: tuple[str, ...], help_text: str) -> None:
         shown = ", ".join(f"`{label}`" for label in labels)
@@ -137,11 +145,10 @@ class Metrics:
         return sorted(self._described)
 
 
-class _TrafficMetrics(Collector):
-    """The data plane's tallies as metrics, made when they are asked for."""
+class _TallyMetrics(Collector):
+    """Tallies as metrics, made when they are asked for."""
 
-    def __init__(self, traffic: Traffic, note: Callable[[str, str, tuple[str, ...], str], None]) -> None:
-        self._traffic = traffic
+    def __init__(self, note: Callable[[str, str, tuple[str, ...], str], None]) -> None:
         for family in self.describe():
             note(*self._words(family))
 
@@ -153,6 +160,35 @@ class _TrafficMetrics(Collector):
 
     def describe(self) -> Iterable[Metric]:
         return self.collect()
+
+
+class _BatchMetrics(_TallyMetrics):
+    def __init__(self, tally: BatchTally, note: Callable[[str, str, tuple[str, ...], str], None]) -> None:
+        self._tally = tally
+        super().__init__(note)
+
+    def collect(self) -> Iterator[Metric]:
+        tally = self._tally
+        yield _counter(
+            "batch_lines",
+            "Lines of batches and single items that engines ended, by outcome. What expired or was cancelled is not "
+            "counted.",
+            ("outcome",),
+            [("completed", tally.completed), ("failed", tally.failed)],
+        )
+        yield _counter("batch_retries", "Attempts at lines and items beyond the first.", (), [(tally.retries,)])
+        yield _counter(
+            "batch_isolated",
+            "Lines and items given up because engines ended while they ran them alone.",
+            (),
+            [(tally.isolated,)],
+        )
+
+
+class _TrafficMetrics(_TallyMetrics):
+    def __init__(self, traffic: Traffic, note: Callable[[str, str, tuple[str, ...], str], None]) -> None:
+        self._traffic = traffic
+        super().__init__(note)
 
     def collect(self) -> Iterator[Metric]:
         yield from self._counters()

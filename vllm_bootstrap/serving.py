@@ -92,7 +92,8 @@ class Instance:
 @dataclass(frozen=True, slots=True)
 class Advert:
     """What launches tell the data plane whenever something changes. ``instance`` is set exactly while new requests
-    may be sent there; ``state`` is the launch's public state, for honest refusals; ``retry_after_s`` from its ETA."""
+    may be sent there; ``state`` is the launch's public state, for honest refusals; ``retry_after_s`` from its ETA.
+    ``stopped``: it ends or has ended because somebody wanted it to."""
 
     launch_id: str
     group_id: str
@@ -101,6 +102,7 @@ class Advert:
     state: str
     instance: Instance | None = None
     retry_after_s: float | None = None
+    stopped: bool = False
 
 
 @dataclass(frozen=True, slots=True)

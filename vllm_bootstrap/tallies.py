@@ -1,4 +1,4 @@
-"""Counts of the data plane in plain numbers, cheap enough to keep for every request. PURE.
+"""Counts of the data plane and of batches in plain numbers, cheap enough to keep for every request. PURE.
 
 Invariant: adding to a tally takes a fraction of a microsecond, allocates next to nothing and takes no lock, because
 one thread alone adds and reads. What the numbers are called and how they are printed is ``metrics``' business.
@@ -120,3 +120,20 @@ class Traffic(Watcher):
 
     def __iter__(self) -> Iterator[tuple[str, ClassTally]]:
         return iter(self.classes.items())
+
+
+class BatchTally:
+    """What became of lines of batches and of single items. ``retries``: attempts beyond the first of each.
+    ``isolated``: those given up because engines ended over them."""
+
+    __slots__ = ("completed", "failed", "isolated", "retries")
+
+    def __init__(self) -> None:
+        self.completed = self.failed = self.retries = self.isolated = 0
+
+    def ended(self, *, ok: bool, attempts: int, isolated: bool) -> None:
+        """One has its record."""
+        self.completed += ok
+        self.failed += not ok
+        self.retries += max(0, attempts - 1)
+        self.isolated += isolated

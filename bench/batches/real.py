@@ -1,4 +1,7 @@
-"""Batches on a real vLLM for the CPU, beside the same engine driven directly at the same concurrency."""
+"""Batches on a real vLLM for the CPU, beside the same engine driven directly at the same concurrency.
+
+With two cores the model runs on one of them; API server, daemon and bench share the other.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 
 from bench.batches.box import CHAT, COMPLETIONS, Box, chats, completions, write_input
 from bench.common import median, table
-from bench.cosched.engines import ENGINE_ENV, MODEL_CORE, ROOT, tiny_model
+from bench.cosched.engines import ENGINE_ENV, MODEL_CORE, ROOT, pin, tiny_model
 
 SLOTS, TOKENS = 32, 32
 
@@ -27,7 +30,8 @@ def run(home: Path, *, lines: int, rounds: int) -> None:
                 dtype="float32", enforce_eager=True, gpu_count=1,
             )  # fmt: skip
             box.launch_id = launched
-            box.daemon.wait_state(launched, "ready", timeout_s=240)
+            # As in the co-scheduling bench: vLLM's processes spin while they wait, and keep all else from running.
+            pin(box.daemon.wait_state(launched, "ready", timeout_s=240)["pid"])
             for _ in range(rounds):
                 if size == 1:
                     found["direct"].append(asyncio.run(directly(engine_socket(box), chat, lines)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -118,6 +119,10 @@ class FakeBatches:
 
     def _change(self, view: BatchView, **fields: Any) -> BatchView:
         return self._store(replace(view, row=replace(view.row, **fields)))
+
+    def states(self) -> dict[str, int]:
+        live = [view.row for view in self.views.values() if view.row.phase.state not in jobs.TERMINAL]
+        return {**Counter(row.phase.state.value for row in live), "paused": sum(row.paused for row in live)}
 
     async def create(self, new: NewBatch) -> BatchView:
         if (await self.shelf.get(new.input_file_id, new.owner)).purpose != "batch":

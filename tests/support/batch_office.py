@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,22 +28,23 @@ from vllm_bootstrap.serving import Advert, Endpoint, Instance
 
 OWNER, MODELS = "alice", ("small", "large")
 LINES = 200
-AT_ONCE = 8
+AT_ONCE, SLOTS = 8, 32
 
 
 class InstantEngine:
     """Answers some of what waits at each turn of the loop: its prompt again, and every tenth with a refusal.
     ``executed``: (batch, line) of each job it was given, in order, ``prompts`` what they asked; ``cancelled``: those
-    that were taken back. ``held``: answers nothing while true. ``pace_s``: the time between two turns, so that records
-    are written in small groups."""
+    that were taken back. ``held``: answers nothing while true, by itself after ``holds_after`` answers. ``pace_s``: the
+    time between two turns, so that records are written in small groups."""
 
-    def __init__(self, pace_s: float = 0.0) -> None:
-        self._pace_s = pace_s
+    def __init__(self, pace_s: float = 0.0, holds_after: int | None = None) -> None:
+        self._pace_s, self._holds_after = pace_s, holds_after
         self.executed: list[tuple[str, int]] = []
         self.prompts: list[str] = []
         self.cancelled: list[tuple[str, int]] = []
+        self.answered = 0
         self.held = False
-        self._waiting: deque[Flight] = deque()
+        self._waiting: list[Flight] = []
         self._turn: asyncio.TimerHandle | None = None
 
     def send(self, flight: Flight) -> Carriage:
@@ -52,34 +52,51 @@ class InstantEngine:
             self.executed.append((job.source.id.rpartition(".")[0], job.number))
             self.prompts.append(json.loads(job.body)["prompt"])
         self._waiting.append(flight)
+        asyncio.get_running_loop().call_soon(self._fill)
         self._go_on()
         return _Ride(self, flight)
 
+    @property
+    def running(self) -> set[tuple[str, int]]:
+        """What has a place."""
+        return {(job.source.id.rpartition(".")[0], job.number) for f in self._waiting if f.launch for job in f.jobs}
+
+    @property
+    def waiting(self) -> int:
+        """What was sent and has no answer, with and without a place."""
+        return len(self._waiting)
+
     def release(self) -> None:
-        self.held = False
+        """Answer the rest."""
+        self.held, self._holds_after = False, None
         self._go_on()
+
+    def drop(self, flight: Flight) -> None:
+        if flight in self._waiting:
+            self._waiting.remove(flight)
+            self.cancelled += [(job.source.id.rpartition(".")[0], job.number) for job in flight.jobs]
 
     def _go_on(self) -> None:
         if self._turn is None and not self.held:
             self._turn = asyncio.get_running_loop().call_later(self._pace_s, self._answer)
 
-    @property
-    def waiting(self) -> list[Flight]:
-        return list(self._waiting)
-
-    def drop(self, flight: Flight) -> None:
-        with contextlib.suppress(ValueError):
-            self._waiting.remove(flight)
-            self.cancelled += [(job.source.id.rpartition(".")[0], job.number) for job in flight.jobs]
+    def _fill(self) -> None:
+        """Give places in the order of coming."""
+        for flight in self._waiting[:SLOTS]:
+            if flight.launch is None:
+                flight.placed("launch-1")
 
     def _answer(self) -> None:
         self._turn = None
-        for _ in range(min(AT_ONCE, len(self._waiting))):
+        for flight in self._waiting[:AT_ONCE]:
+            self.held = self.held or self.answered == self._holds_after
             if self.held:
-                return
-            flight = self._waiting.popleft()
-            flight.placed("launch-1")
-            flight.ended(answer_to(flight.jobs[0]))
+                break
+            if flight.launch is not None:
+                self._waiting.remove(flight)
+                self.answered += 1
+                flight.ended(answer_to(flight.jobs[0]))
+        self._fill()
         if self._waiting:
             self._go_on()
 
@@ -155,7 +172,9 @@ class Office:
     def launch(self, *, there: bool = True, model: str = "small") -> None:
         """Announce an engine for a model, or its absence."""
         launch_id = f"launch-{model}"
-        instance = Instance(launch_id, launch_id, "simulator", model, (model,), Endpoint("localhost", 1), 32, ())
+        instance = Instance(
+            launch_id, launch_id, "simulator", model, (model,), Endpoint(host="localhost", port=1), SLOTS // 2, ()
+        )
         state = "ready" if there else "stopped"
         self.department.advert(Advert(launch_id, launch_id, model, (model,), state, instance if there else None))
 
@@ -176,6 +195,7 @@ async def office(
     files = FileStore(db, folder / "files", max_bytes=2**30, expires_after_s=86400, reserve_bytes=0, clock=clock)
     fields: dict[str, Any] = {
         "folder": folder / "batches", "node_id": "local", "max_lines": 1000, "max_line_bytes": 10_000,
+        "prefix_order": True,
         "max_unfinished": 10, "line_attempts": 3, "kept_s": 86400.0, "max_size": 1, "max_latency_s": 0.0,
         "item_expires_after_s": 86400.0, "items_max_queued": 10, "webhook_allow_private": True, "webhook_attempts": 3,
         **changes,

@@ -68,7 +68,7 @@ class FaultyDisk:
 
     # Below here: called by SQLite
 
-    def _opened(self, file: int, path: Path) -> None:
+    def _opened(self, file: int, path: Path, flags: int) -> None:
         self._paths[file] = path
         self._known_to_folder.discard(file)
         table = ctypes.cast(file, ctypes.POINTER(_P))
@@ -132,8 +132,9 @@ class FaultyDisk:
 
 
 @contextlib.contextmanager
-def faulty_disk(folder: Path) -> Iterator[FaultyDisk]:
-    """Put the layer under every connection that is opened within the block. Close them before its end."""
+def faulty_disk(folder: Path, disk: FaultyDisk | None = None) -> Iterator[FaultyDisk]:
+    """Put the layer under every connection that is opened within the block. Close them before its end. ``disk``: one
+    of another kind."""
     # Where the module is part of the program itself it has no file, and the program's own symbols are looked at.
     library = ctypes.CDLL(getattr(_sqlite3, "__file__", None))
     if not hasattr(library, "sqlite3_vfs_register"):
@@ -145,13 +146,13 @@ def faulty_disk(folder: Path) -> Iterator[FaultyDisk]:
     real = library.sqlite3_vfs_find(None).contents
     layer = _Vfs.from_buffer_copy(real)
     layer.name = b"faulty"
-    disk = FaultyDisk(folder)
+    disk = disk or FaultyDisk(folder)
     real_open = _OPEN(real.open)
 
     def opened(_vfs: int, name: int | None, file: int, flags: int, out_flags: int | None) -> int:
         result = int(real_open(ctypes.addressof(real), name, file, flags, out_flags))
         if result == 0 and name:
-            disk._opened(file, Path(ctypes.string_at(name).decode()))
+            disk._opened(file, Path(ctypes.string_at(name).decode()), flags)
         return result
 
     real_delete = _DELETE(real.delete)

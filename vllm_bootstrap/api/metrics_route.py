@@ -11,6 +11,7 @@ from vllm_bootstrap.api.registrar import Registrar
 from vllm_bootstrap.api.services import Api, Services
 from vllm_bootstrap.auth.scopes import MONITOR
 from vllm_bootstrap.auth.types import Rule
+from vllm_bootstrap.batches.jobs import TERMINAL, State
 from vllm_bootstrap.metrics import CONTENT_TYPE
 from vllm_bootstrap.scheduler.ports import BudgetReport
 from vllm_bootstrap.wire import GpuListing
@@ -43,6 +44,7 @@ def refresh(api: Services, listing: GpuListing, dropped: int) -> None:
     metrics.key_file_broken.set(api.keys.problem is not None)
     metrics.log_dropped.set(dropped)
     _refresh_traffic(api)
+    _refresh_batches(api)
     _refresh_gpus(api, listing)
 
 
@@ -74,6 +76,15 @@ def _refresh_budgets(api: Services) -> None:
         sums = (sum(b.allowance for b in found), sum(b.batch_sequences for b in found), sum(b.reserve for b in found))
         for gauge, value in zip(gauges, sums, strict=True):
             gauge.labels(model).set(value)
+
+
+def _refresh_batches(api: Services) -> None:
+    counts = api.batches.states()
+    for state in State:
+        if state not in TERMINAL:
+            api.metrics.batches.labels(state.value).set(counts.get(state.value, 0))
+    api.metrics.batches_paused.set(counts.get("paused", 0))
+    api.metrics.items_waiting.set(api.items.waiting)
 
 
 def _refresh_gpus(api: Services, listing: GpuListing) -> None:

@@ -192,6 +192,9 @@ class BatchDesk(Protocol):
 
     async def events(self, batch_id: str, owner: str | None, *, after: int, limit: int) -> Sequence[BatchEvent]: ...
 
+    def states(self) -> Mapping[str, int]:
+        """Those that have not ended by state, and how many of them are ``paused``."""
+
     def watch(self, batch_id: str, owner: str | None) -> AsyncGenerator[BatchView, None]:
         """Its view now and after each change, at most twice a second, until it has ended. Raises ``NotFound``."""
 
@@ -201,6 +204,10 @@ class BatchDesk(Protocol):
 
 class ItemDesk(Protocol):
     """Single items, with the same meaning of ``owner``."""
+
+    @property
+    def waiting(self) -> int:
+        """How many have not ended."""
 
     async def submit(self, new: NewItem) -> ItemView: ...
 

@@ -20,12 +20,12 @@ STANDS_STILL_MAX_S = 5.0
 
 
 class _Hold(NamedTuple):
-    """``timer``: when it is over by itself, None where only another key helps. ``eases``: for the owner of whose
-    requests any that ends makes room."""
+    """``timer``: when it is over by itself, None where only another key helps. ``owner``: whose requests make room when
+    they end."""
 
     reason: str
     timer: asyncio.TimerHandle | None = None
-    eases: str | None = None
+    owner: str | None = None
 
 
 class Brakes:
@@ -79,23 +79,29 @@ class Brakes:
         self._let_go(source_id)
         self._holds[source_id] = _Hold(reason)
 
-    def rest(self, source_id: str, owner: str, reason: str, seconds: float, *, eases: bool) -> None:
-        """Its owner's key has had enough for now. ``eases``: a request of this owner that ends makes room."""
+    def rest(self, source_id: str, owner: str, reason: str, seconds: float) -> None:
+        """Its owner's key has had enough, for so long or until one of its requests ends: that gives back at least what
+        it had reserved and did not use."""
         hold = self._holds.get(source_id)
         if hold is None or hold.timer is not None:
             self._let_go(source_id)
             timer = self._loop.call_later(seconds, self._release, source_id)
-            self._holds[source_id] = _Hold(reason, timer, owner if eases else None)
+            self._holds[source_id] = _Hold(reason, timer, owner)
 
     def eased(self, owner: str) -> None:
         """A request of this owner has ended."""
-        for source_id in [one for one, hold in self._holds.items() if hold.eases == owner]:
+        for source_id in [one for one, hold in self._holds.items() if hold.owner == owner]:
             self._release(source_id)
 
     def forget(self, source_id: str) -> None:
         """It is not there any more. Idempotent."""
         self._paused.discard(source_id)
         self._let_go(source_id)
+
+    def engines_changed(self) -> None:
+        """What there is to go to is other than it was, and so is who may go there."""
+        self.go_on()
+        self.keys_changed()
 
     def keys_changed(self) -> None:
         """Keys may have come back, or have other limits."""

@@ -32,6 +32,7 @@ from vllm_bootstrap.errors import ApiError
 from vllm_bootstrap.gateway.gateway import Gateway
 from vllm_bootstrap.ids import RANDOM_BYTES
 from vllm_bootstrap.serving import Advert
+from vllm_bootstrap.tallies import BatchTally
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class BatchConfig:
     max_line_bytes: int
     max_unfinished: int
     line_attempts: int
+    prefix_order: bool
     kept_s: float
     max_size: int
     max_latency_s: float
@@ -61,7 +63,7 @@ class BatchConfig:
 
 class BatchDepartment:
     """``key_named(name)``: that key as it is now, None when it is not valid. ``dispatcher`` carries lines to engines,
-    ``index`` judges inputs."""
+    ``index`` judges inputs, ``tally`` counts what ended."""
 
     def __init__(
         self,
@@ -74,7 +76,9 @@ class BatchDepartment:
         *,
         dispatcher: type[Dispatcher] = Dispatcher,
         index: Index = index,
+        tally: BatchTally | None = None,
     ) -> None:
+        tally = tally or BatchTally()
         self._config, self._clock, self._files = config, clock, files
         self._key_named = key_named
         self.dispatcher = dispatcher(
@@ -94,6 +98,7 @@ class BatchDepartment:
             told=self._webhooks.kick,
             task=self._task,
             index=index,
+            tally=tally,
         )
         self.batches = BatchService(deps, most_unfinished=config.max_unfinished)
         self.items = ItemService(
@@ -104,6 +109,7 @@ class BatchDepartment:
             latency_s=config.max_latency_s,
             max_joined=config.max_size,
             clock=clock,
+            tally=tally,
         )
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -151,6 +157,7 @@ class BatchDepartment:
             config.max_line_bytes,
             models=models,
             model_optional=row.launch_id is not None,
+            prefixes=config.prefix_order,
         )
 
     def _tell(self, conn: sqlite3.Connection, row: BatchRow) -> None:

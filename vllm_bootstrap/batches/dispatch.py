@@ -13,6 +13,7 @@ from vllm_bootstrap.auth.types import Principal
 from vllm_bootstrap.batches import joining
 from vllm_bootstrap.batches.flight import Carriage, Flight
 from vllm_bootstrap.batches.lane import Lane
+from vllm_bootstrap.batches.verdicts import Verdict
 from vllm_bootstrap.batches.work import Outcome, Source
 from vllm_bootstrap.errors import LaunchNotReady, NotFound
 from vllm_bootstrap.gateway.call import Call, Failure, Reply
@@ -114,12 +115,14 @@ class Dispatcher:
         """A launch announced itself or changed."""
         before = self._adverts.get(advert.launch_id)
         self._adverts[advert.launch_id] = advert
-        self._changed(gone=advert.launch_id if before is not None and _ended(before, advert) else None)
+        gone = advert.launch_id if before is not None and _ended(before, advert) else None
+        self._changed(gone, Verdict.STOPPED if advert.stopped else Verdict.DIED)
 
     def forget(self, launch_id: str) -> None:
         """A launch was deleted."""
-        self._adverts.pop(launch_id, None)
-        self._changed(gone=launch_id)
+        before = self._adverts.pop(launch_id, None)
+        was_there = before is not None and before.state not in ENDED  # else all that matters was said when it ended
+        self._changed(launch_id if was_there else None, Verdict.STOPPED)
 
     def keys_changed(self) -> None:
         for lane in self._lanes.values():
@@ -136,10 +139,10 @@ class Dispatcher:
         self._lanes.clear()
         self._lane_of.clear()
 
-    def _changed(self, gone: str | None) -> None:
+    def _changed(self, gone: str | None, verdict: Verdict) -> None:
         for key, lane in self._lanes.items():
             if gone is not None:
-                lane.engine_ended(gone)
+                lane.engine_ended(gone, verdict)
             self._tell_engines(key, lane)
 
     def _tell_engines(self, key: LaneKey, lane: Lane) -> None:

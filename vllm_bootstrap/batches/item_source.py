@@ -109,6 +109,7 @@ class ItemSource:
             if wanted:
                 self._out.add(job.number)
                 return job
+        self._company = 0
         return None
 
     def _is_ripe(self, ripe_at: float) -> bool:

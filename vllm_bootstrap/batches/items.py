@@ -19,7 +19,7 @@ from dataclasses import replace
 from heapq import heapify, heappop, heappush
 
 from vllm_bootstrap import ids
-from vllm_bootstrap.batches import output
+from vllm_bootstrap.batches import outcomes, output
 from vllm_bootstrap.batches.item_source import ItemSource
 from vllm_bootstrap.batches.items_store import Ended, ItemStore, Waiting
 from vllm_bootstrap.batches.linestore import Totals
@@ -29,6 +29,7 @@ from vllm_bootstrap.batches.store import Creation
 from vllm_bootstrap.batches.types import NO_COUNTS, NO_USAGE, ItemView, NewItem, Record
 from vllm_bootstrap.batches.work import Answered, Ending, Job
 from vllm_bootstrap.errors import ApiError, NotFound, QueueFull
+from vllm_bootstrap.tallies import BatchTally
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,8 @@ SourceKey = tuple[str, str | None, str | None, int]
 
 class ItemService:
     """``most_waiting`` items of all keys may wait, each for ``expires_after_s`` unless it says otherwise. ``latency_s``
-    and ``max_joined``: how long one may wait for others to be sent with, and how many go together."""
+    and ``max_joined``: how long one may wait for others to be sent with, and how many go together. ``tally`` counts
+    what ended."""
 
     def __init__(
         self,
@@ -52,7 +54,9 @@ class ItemService:
         latency_s: float,
         max_joined: int,
         clock: Callable[[], float] = time.time,
+        tally: BatchTally | None = None,
     ) -> None:
+        self._tally = tally or BatchTally()
         self._store, self._lanes, self._clock = store, lanes, clock
         self._most_waiting, self._expires_after_s = most_waiting, expires_after_s
         self._latency_s, self._max_joined = latency_s, max_joined
@@ -85,12 +89,12 @@ class ItemService:
         if self._looking is not None:
             self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
-        for source in self._sources.values():
+        for source in self._sources.values():  # nothing begins any more; what has ended is still written
             self._lanes.withdraw(source.id)
             source.close()
-        self._sources.clear()
         if self._recorder is not None:
             await self._recorder.close()
+        self._sources.clear()
 
     # What callers ask
 
@@ -171,7 +175,9 @@ class ItemService:
         item = self._waiting.get(view.id)
         if item is None:
             return view
-        source = self._sources[_key(item)]
+        source = self._sources.get(_key(item))
+        if source is None:  # all is being closed
+            return view
         number = self._number_of[view.id]
         if source.is_out(number):
             return replace(view, state="in_progress", attempts=item.attempts)
@@ -231,7 +237,8 @@ class ItemService:
         else:
             made = output.Rendered(False, output.error_line(item_id, "", ending.code, ending.message))
         self._ending[job.number] = "completed" if made.ok else "failed"
-        self._recorder.add(Record(job.number, made.ok, job.attempts, made.data))
+        self._tally.ended(ok=made.ok, attempts=job.executions, isolated=outcomes.isolated(ending))
+        self._recorder.add(Record(job.number, made.ok, job.executions, made.data))
 
     def item_noted(self, job: Job) -> None:
         item_id = self._numbers.get(job.number)

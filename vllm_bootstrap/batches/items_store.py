@@ -10,6 +10,7 @@ import json
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
+from sys import intern
 from typing import Any, NamedTuple
 
 from vllm_bootstrap.batches.store import SQL, Created, Creation, recall, remember
@@ -84,7 +85,7 @@ class ItemStore:
     async def waiting(self) -> list[Waiting]:
         """Oldest first."""
         rows = await self._db.read(lambda conn: conn.execute(SQL["items_waiting"]).fetchall())
-        return [Waiting(row["id"], row["owner_id"], *tuple(row)[2:]) for row in rows]
+        return [_waiting(row) for row in rows]
 
     async def body(self, item_id: str) -> bytes | None:
         """None: it has ended."""
@@ -127,6 +128,13 @@ class ItemStore:
             conn.execute(SQL["delete_old_items"], {"before": before, "limit": _STEP})
 
         await self._db.write(work)
+
+
+def _waiting(row: sqlite3.Row) -> Waiting:
+    item_id, owner, path, model, launch_id, *rest = row
+    # There may be very many, and they name the same few things.
+    model, launch_id = (None if name is None else intern(name) for name in (model, launch_id))
+    return Waiting(item_id, intern(owner), intern(path), model, launch_id, *rest)
 
 
 def _view(row: sqlite3.Row) -> ItemView:

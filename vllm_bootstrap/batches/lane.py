@@ -19,9 +19,9 @@ from vllm_bootstrap.auth.types import Principal
 from vllm_bootstrap.batches import isolation, outcomes, retrying, turns
 from vllm_bootstrap.batches.brakes import Brakes
 from vllm_bootstrap.batches.flight import Desk, Flight
-from vllm_bootstrap.batches.verdicts import Broken, Verdicts
+from vllm_bootstrap.batches.verdicts import Broken, Verdict, Verdicts
 from vllm_bootstrap.batches.work import GaveUp, Job, Key, Outcome, Source
-from vllm_bootstrap.errors import Cancelled, ConcurrencyLimit, InternalError, QueueFull, TooManyRequests
+from vllm_bootstrap.errors import Cancelled, InternalError, ModelNotFound, QueueFull, TooManyRequests
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,7 @@ class Lane:
         self._verdicts = Verdicts(self._judged)
         self._later: dict[Job, asyncio.TimerHandle] = {}
         self._flown = self._under_way = self._waiting = 0
-        self._slots, self._absence = 0, "nothing serves it"
-        self._wakes = False
+        self._slots, self._absence, self._wakes = 0, "nothing serves it", False
 
     # Sources
 
@@ -67,8 +66,7 @@ class Lane:
         """Begin nothing more of it, take back what no engine has yet; what engines have ends. Idempotent."""
         self._brakes.pause(source_id)
         self._turns.set_ready(source_id, False)
-        waiting = [flight for flight in self._flights if flight.source.id == source_id and flight.launch is None]
-        for flight in waiting:
+        for flight in [one for one in self._flights if one.source.id == source_id and one.launch is None]:
             self._cancel(flight)
             for job in flight.jobs:
                 if not job.dropped:
@@ -113,6 +111,7 @@ class Lane:
         if flight.carriage is not None:
             flight.carriage.cancel()
         self._landed(flight)
+        self._brakes.eased(flight.source.owner)
         for job in flight.jobs:
             self._isolation.withdrawn(job.key)
 
@@ -148,11 +147,11 @@ class Lane:
     def engines(self, slots: int, absence: str) -> None:
         """So many slots there are now; ``absence`` says in words why there are none."""
         self._slots, self._absence = slots, absence
-        self._brakes.go_on()
+        self._brakes.engines_changed()
 
-    def engine_ended(self, launch_id: str) -> None:
-        """That engine is gone, whoever ended it."""
-        self._verdicts.engine_ended(launch_id)
+    def engine_ended(self, launch_id: str, verdict: Verdict = Verdict.DIED) -> None:
+        """That engine is gone, or about to go: it died, or somebody stopped it."""
+        self._verdicts.engine_ended(launch_id, verdict)
 
     @property
     def wait_for_keys(self) -> bool:
@@ -225,7 +224,7 @@ class Lane:
         most = principal.max_parallel
         if most is not None and sum(one.source.owner == source.owner for one in self._flights) >= most:
             reason = f"the key {source.owner!r} may have no more than {most} requests at once"
-            self._brakes.rest(source.id, source.owner, reason, FULL_KEY_S, eases=True)
+            self._brakes.rest(source.id, source.owner, reason, FULL_KEY_S)
             return self._stopped(job)
         jobs, cost = self._company(job, principal)
         self._flown += 1
@@ -286,10 +285,11 @@ class Lane:
         del self._flights[flight]
         self._under_way -= flight.cost
         self._waiting -= flight.launch is None
-        self._brakes.eased(flight.source.owner)
 
     def flight_ended(self, flight: Flight, outcome: Outcome) -> None:
         self._landed(flight)
+        if not isinstance(outcome.error, TooManyRequests):  # that one had no room, and makes none
+            self._brakes.eased(flight.source.owner)
         joined = len(flight.jobs) > 1
         if flight.launch is not None and outcomes.broke_off(outcome):
             broken = [Broken(flight.number, job, outcome, joined) for job in flight.jobs]
@@ -300,13 +300,16 @@ class Lane:
                 self._conclude(job, outcome if answers is None else answers[at], joined=joined and answers is None)
         self._wake()
 
-    def _judged(self, broken: Sequence[Broken], died: bool) -> None:
-        poison = self._isolation.died([one.job.key for one in broken]) if died else None
+    def _judged(self, broken: Sequence[Broken], verdict: Verdict) -> None:
+        poison = self._isolation.died([one.job.key for one in broken]) if verdict is Verdict.DIED else None
         for one in broken:
-            if died and not one.job.dropped:
+            if one.job.dropped or verdict is Verdict.LIVES:
+                self._conclude(one.job, one.outcome, joined=one.joined)
+            elif verdict is Verdict.DIED:
                 self._survives(one.job, poison)
             else:
-                self._conclude(one.job, one.outcome, joined=one.joined)
+                self._isolation.came_back(one.job.key)
+                self._give_back(one.job)
         self._wake()
 
     def _conclude(self, job: Job, outcome: Outcome, *, joined: bool) -> None:
@@ -316,10 +319,9 @@ class Lane:
             self._decide(job, outcome, joined=joined)
 
     def _survives(self, job: Job, poison: Key | None) -> None:
-        """Its engine has ended."""
+        """Its engine has died."""
         job.deaths += 1
         if job.key == poison:
-            job.attempts += 1
             job.source.ended(job, GaveUp(isolation.POISON_CODE, isolation.POISON_MESSAGE))
             return
         job.source.noted(job)
@@ -364,9 +366,8 @@ class Lane:
     def _make_way(self, job: Job, outcome: Outcome, delay_s: float, reason: str) -> None:
         """There was no room for it, or nothing to go to."""
         error = outcome.error
-        if isinstance(error, TooManyRequests) and not isinstance(error, QueueFull):
-            eases = isinstance(error, ConcurrencyLimit)
-            self._brakes.rest(job.source.id, job.source.owner, reason, delay_s, eases=eases)
+        if isinstance(error, TooManyRequests | ModelNotFound) and not isinstance(error, QueueFull):  # its key's affair
+            self._brakes.rest(job.source.id, job.source.owner, reason, delay_s)
             self._stopped(job)
             return
         self._give_back(job)
@@ -379,8 +380,7 @@ class Lane:
         if self._brakes.stops(job.source.id):
             self._give_back(job)
             return
-        if job.key in self._isolation.suspects:
-            delay_s = min(delay_s, SUSPECT_DELAY_S)
+        delay_s = min(delay_s, SUSPECT_DELAY_S) if job.key in self._isolation.suspects else delay_s
         self._later[job] = self._loop.call_later(delay_s, self._due, job)
 
     def _due(self, job: Job) -> None:

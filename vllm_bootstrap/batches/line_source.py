@@ -73,6 +73,11 @@ class LineSource:
         self._after: int | None = 0
         self._reading: asyncio.Task[None] | None = None
 
+    @property
+    def over(self) -> bool:
+        """Whether all its lines have ended."""
+        return self._after is None and not self._custom_ids
+
     def start(self) -> None:
         """Begin to read ahead."""
         self._read_more()
@@ -115,7 +120,8 @@ class LineSource:
                     found, following = await self._lines.next(self._model_no, after, READ_LINES, READ_BYTES)
                     break
                 except Exception as error:
-                    said = f"its lines cannot be read: {error.message if isinstance(error, ApiError) else error!r}"
+                    why = error.message if isinstance(error, ApiError) else repr(error)
+                    said = f"its lines cannot be read: {why}"
                     if said != self.problem:
                         log.exception("Batch lines of %s cannot be read", self.id)
                     self.problem = said

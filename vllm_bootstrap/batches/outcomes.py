@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vllm_bootstrap.batches import joining
+from vllm_bootstrap.batches import isolation, joining
 from vllm_bootstrap.batches.work import Answered, Ending, GaveUp, Job, Outcome
 
 
@@ -25,6 +25,11 @@ def ending(outcome: Outcome) -> Ending:
     error = outcome.error
     assert error is not None  # noqa: S101 - without a status there is one
     return GaveUp(error.code, error.message)
+
+
+def isolated(ending: Ending) -> bool:
+    """Whether it was given up because engines ended over it."""
+    return isinstance(ending, GaveUp) and ending.code == isolation.POISON_CODE
 
 
 def plan(job: Job) -> joining.Plan | None:

@@ -85,7 +85,9 @@ def usage_of(answer: Any) -> TokenUsage:
     fields = answer.get("usage") if isinstance(answer, dict) else None
     if not isinstance(fields, dict) or (found := read_usage(fields, None)) is None:
         return NO_USAGE
-    return TokenUsage(found.prompt_tokens, found.cached_tokens, found.completion_tokens, _reasoning(fields))
+    # No database takes a number without bounds, and whatever an engine says must become a record.
+    reasoning = min(_reasoning(fields), found.completion_tokens)
+    return TokenUsage(found.prompt_tokens, found.cached_tokens, found.completion_tokens, reasoning)
 
 
 async def pieces(store: Records, *, ok: bool, after_line: int = 0) -> AsyncGenerator[bytes, None]:

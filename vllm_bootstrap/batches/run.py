@@ -26,6 +26,7 @@ from vllm_bootstrap.batches.linestore import LineStore, Totals
 from vllm_bootstrap.batches.progress import Pace
 from vllm_bootstrap.batches.run_deps import RunDeps
 from vllm_bootstrap.batches.types import BatchRow, BatchView, Counts, LineError, Progress
+from vllm_bootstrap.batches.windows import window_s
 from vllm_bootstrap.batches.working import Working
 from vllm_bootstrap.db import CannotOpen, Damaged
 from vllm_bootstrap.errors import ApiError, Conflict, StorageFailed
@@ -122,7 +123,7 @@ class Run:
             if not dropped and not self._counts.left:
                 raise Conflict("No line of this batch has failed.")
             before, now = self.row, self._deps.clock()
-            expires_at = now + (before.expires_at - before.created_at)
+            expires_at = now + window_s(before.completion_window)
             self._deadline = asyncio.get_running_loop().time() + (expires_at - now)
             detail = {"lines": dropped}
             await self.change(

@@ -15,6 +15,7 @@ from vllm_bootstrap.batches.indexing import Outcome, Task
 from vllm_bootstrap.batches.store import BatchStore
 from vllm_bootstrap.batches.types import BatchRow
 from vllm_bootstrap.batches.work import Source
+from vllm_bootstrap.tallies import BatchTally
 
 Index = Callable[[Task, OnProgress | None], Awaitable[Outcome]]
 
@@ -41,7 +42,8 @@ class Lanes(Protocol):
 class RunDeps:
     """What all batches share. ``clock``: unix seconds. ``tell(conn, row)`` is called inside the transaction that ends a
     batch whose end is to be told, ``told()`` after it. ``task(row, input, database)``: what is to be checked of an
-    input; ``index`` does it. ``judging`` bounds how many inputs are looked through at once."""
+    input; ``index`` does it. ``tally`` counts lines that ended. ``judging`` bounds how many inputs are looked
+    through at once."""
 
     store: BatchStore
     files: FileStore
@@ -52,6 +54,7 @@ class RunDeps:
     told: Callable[[], None]
     task: Callable[[BatchRow, Path, Path], Task]
     index: Index = index
+    tally: BatchTally = field(default_factory=BatchTally)
     judging: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
 
     def input(self, batch_id: str) -> Path:

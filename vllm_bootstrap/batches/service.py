@@ -86,6 +86,13 @@ class BatchService:
     def unfinished(self) -> int:
         return len(self._runs) + len(self._waiting)
 
+    def states(self) -> Counter[str]:
+        """Those that have not ended by state, and how many of them are ``paused``."""
+        rows = [*(run.row for run in self._runs.values()), *self._waiting.values()]
+        counts = Counter(row.phase.state.value for row in rows if row.phase.state not in TERMINAL)
+        counts["paused"] = sum(row.paused for row in rows if row.phase.state not in TERMINAL)
+        return counts
+
     # Creating
 
     async def create(self, new: NewBatch) -> BatchView:
@@ -210,6 +217,10 @@ class BatchService:
 
     async def _steer(self, batch_id: str, owner: str | None, change: Callable[[Run], Awaitable[None]]) -> BatchView:
         async def work() -> None:
+            run = self._waiting_run(await self._row(batch_id, owner))
+            if run is not None:
+                await self._steer_waiting(run, change)
+                return
             run = await self._run(batch_id, owner)
             if run is None:
                 state = (await self._row(batch_id, owner)).phase.state.value
@@ -218,6 +229,22 @@ class BatchService:
 
         await self._alone(batch_id, work())
         return await self.get(batch_id, owner)
+
+    def _waiting_run(self, row: BatchRow) -> Run | None:
+        """For one that waits for its turn: what can change it, without beginning with it."""
+        if self._closed or row.id not in self._waiting:
+            return None
+        run = self._runs[row.id] = Run(self._waiting.pop(row.id), self._deps, lambda: self._tell(row.id))
+        return run
+
+    async def _steer_waiting(self, run: Run, change: Callable[[Run], Awaitable[None]]) -> None:
+        """It goes on waiting: otherwise whoever steers a thousand of them has a thousand begun with."""
+        try:
+            await change(run)
+        finally:
+            self._runs.pop(run.row.id, None)
+            self._waiting[run.row.id] = run.row
+            self._open_more()
 
     async def retry(self, batch_id: str, owner: str | None) -> BatchView:
         await self._alone(batch_id, self._retry(batch_id, owner))
@@ -236,7 +263,7 @@ class BatchService:
         except BaseException:
             del self._runs[batch_id]
             raise
-        self._begin(run)
+        run.start(self._over)
 
     async def delete(self, batch_id: str, owner: str | None) -> None:
         await self._row(batch_id, owner)
@@ -331,9 +358,17 @@ class BatchService:
         self._idle_since = {batch_id: self._idle_since.get(batch_id, now) for batch_id in idle}
         wanted = sum(not row.paused for row in self._waiting.values()) - max(0, MOST_OPEN - len(self._runs))
         still = [batch_id for batch_id, since in self._idle_since.items() if now - since >= PATIENCE_S]
-        for batch_id in sorted(still, key=self._idle_since.__getitem__)[: max(0, wanted)]:
+        still.sort(key=self._idle_since.__getitem__)
+        for batch_id in (still or self._at_once())[: max(0, wanted)]:
             await self._alone(batch_id, self._set_aside(batch_id))
         self._open_more()
+
+    def _at_once(self) -> Sequence[str]:
+        """As many that stand still as there are keys that have no place, of keys that have more than one."""
+        busy = Counter(run.row.owner for run in self._runs.values())
+        without = {row.owner for row in self._waiting.values() if not row.paused} - busy.keys()
+        spare = [batch_id for batch_id in self._idle_since if busy[self._runs[batch_id].row.owner] > 1]
+        return spare[: len(without)]
 
     async def _set_aside(self, batch_id: str) -> None:
         run = self._runs.get(batch_id)
@@ -350,9 +385,6 @@ class BatchService:
 
     def _open(self, row: BatchRow) -> None:
         run = self._runs[row.id] = Run(row, self._deps, lambda: self._tell(row.id))
-        self._begin(run)
-
-    def _begin(self, run: Run) -> None:
         run.start(self._over)
 
     def _over(self, run: Run) -> None:

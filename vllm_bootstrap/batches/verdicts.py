@@ -1,4 +1,4 @@
-"""Has an engine ended, or has it only broken a request off? Jobs wait here until that is known.
+"""Has an engine died, was it stopped, or has it only broken a request off? Jobs wait here until that is known.
 
 Invariant: each job that is added leaves exactly once: judged together with the others of its engine, or taken out. Must
 not know: what is done with the judgement.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from enum import Enum
 from typing import NamedTuple
 
 from vllm_bootstrap.batches.work import Job, Key, Outcome
@@ -20,6 +21,14 @@ SETTLING_S = 0.25
 """From that news on: until the others that it had have failed as well."""
 MOST_REMEMBERED = 256
 """Engines that have ended and are remembered, for requests that are seen to fail after the news."""
+
+
+class Verdict(Enum):
+    """``STOPPED``: somebody wanted it to end. What it was working on is the cause of that in no case."""
+
+    LIVES = "lives"
+    DIED = "died"
+    STOPPED = "stopped"
 
 
 class Broken(NamedTuple):
@@ -41,13 +50,13 @@ class _Trial:
 
 
 class Verdicts:
-    """``judged(entries, died)`` is called with what one engine broke off, in the order of their beginning."""
+    """``judged(entries, verdict)`` is called with what one engine broke off, in the order of their beginning."""
 
-    def __init__(self, judged: Callable[[Sequence[Broken], bool], None]) -> None:
+    def __init__(self, judged: Callable[[Sequence[Broken], Verdict], None]) -> None:
         self._judged = judged
         self._loop = asyncio.get_running_loop()
         self._trials: dict[str, _Trial] = {}
-        self._ended: dict[str, float] = {}
+        self._ended: dict[str, tuple[float, Verdict]] = {}
 
     @property
     def waiting(self) -> bool:
@@ -58,21 +67,23 @@ class Verdicts:
         """Wait for the news of this engine, which had them ``since`` then (monotonic), unless it has come already."""
         trial = self._trials.get(launch_id)
         if trial is None:
-            died = self._ended.get(launch_id, -1.0) >= since
-            timer = self._loop.call_later(SETTLING_S if died else VERDICT_S, self._over, launch_id, died)
+            ended_at, verdict = self._ended.get(launch_id, (-1.0, Verdict.LIVES))
+            ended = ended_at >= since
+            wait_s, verdict = (SETTLING_S, verdict) if ended else (VERDICT_S, Verdict.LIVES)
+            timer = self._loop.call_later(wait_s, self._over, launch_id, verdict)
             trial = self._trials[launch_id] = _Trial(timer)
         trial.broken += broken
 
-    def engine_ended(self, launch_id: str) -> None:
-        """That engine is gone, whoever ended it."""
+    def engine_ended(self, launch_id: str, verdict: Verdict) -> None:
+        """That engine is gone, or about to go."""
         self._ended.pop(launch_id, None)
-        self._ended[launch_id] = time.monotonic()
+        self._ended[launch_id] = time.monotonic(), verdict
         if len(self._ended) > MOST_REMEMBERED:
             del self._ended[next(iter(self._ended))]
         trial = self._trials.get(launch_id)
         if trial is not None:
             trial.timer.cancel()
-            trial.timer = self._loop.call_later(SETTLING_S, self._over, launch_id, True)
+            trial.timer = self._loop.call_later(SETTLING_S, self._over, launch_id, verdict)
 
     def drop(self, key: Key) -> None:
         """Nobody wants to hear of that job any more. It is judged with the others all the same."""
@@ -93,7 +104,7 @@ class Verdicts:
             trial.timer.cancel()
         self._trials.clear()
 
-    def _over(self, launch_id: str, died: bool) -> None:
+    def _over(self, launch_id: str, verdict: Verdict) -> None:
         broken = sorted(self._trials.pop(launch_id).broken, key=lambda one: one.number)
         if broken:
-            self._judged(broken, died)
+            self._judged(broken, verdict)

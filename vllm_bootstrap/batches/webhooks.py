@@ -95,7 +95,8 @@ def signing_key(secret: str) -> bytes:
     if not secret.startswith(BASE64_SECRET):
         return secret.encode()
     try:
-        return base64.b64decode(secret.removeprefix(BASE64_SECRET))
+        # Strictly: what a lenient decoder passes over would leave a key that is weaker than it looks, or empty.
+        return base64.b64decode(secret.removeprefix(BASE64_SECRET), validate=True)
     except binascii.Error:
         raise ValueError(f"what follows {BASE64_SECRET} in a webhook's secret is not base 64") from None
 

@@ -64,6 +64,11 @@ class Job:
     def key(self) -> Key:
         return self.source.id, self.number
 
+    @property
+    def executions(self) -> int:
+        """How often an engine had it, as far as is known."""
+        return self.attempts + self.deaths
+
 
 class Source(Protocol):
     """Lines of one batch, or items of one key, that go to one lane. ``id`` is unique and sorts by age; ``deadline``
@@ -82,7 +87,7 @@ class Source(Protocol):
         """The next job, None when there is none at the moment: it says ``ready`` to its lane when there is again."""
 
     def ended(self, job: Job, ending: Ending) -> None:
-        """This is what is to be recorded of it. ``job.attempts`` includes the last."""
+        """This is what is to be recorded of it. ``job.attempts`` or ``job.deaths`` includes the last."""
 
     def returned(self, job: Job) -> None:
         """It was not carried out, through no fault of its own: it is to be given out again, before others."""

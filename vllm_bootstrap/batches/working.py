@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vllm_bootstrap.batches import output
+from vllm_bootstrap.batches import outcomes, output
 from vllm_bootstrap.batches.line_source import LineSource
 from vllm_bootstrap.batches.linestore import LineStore, Totals
 from vllm_bootstrap.batches.records import Recorder
@@ -96,7 +96,8 @@ class Working:
         """Why none of its lines is under way, None where one is."""
         if self._recorder.problem is not None:
             return self._recorder.problem
-        reasons = [source.problem or self._deps.lanes.waits_for(name) for name, source in self._sources.items()]
+        lanes, unfinished = self._deps.lanes, [source for source in self._sources.values() if not source.over]
+        reasons = [source.problem or lanes.waits_for(source.id) for source in unfinished]
         return reasons[0] if reasons and all(reasons) else None
 
     # From sources
@@ -112,7 +113,8 @@ class Working:
             made = output.answer_line(record_id, custom_id, ending.status, ending.request_id, ending.body)
         else:
             made = output.Rendered(False, output.error_line(record_id, custom_id, ending.code, ending.message))
-        self._recorder.add(Record(job.number, made.ok, job.attempts, made.data, made.usage))
+        self._deps.tally.ended(ok=made.ok, attempts=job.executions, isolated=outcomes.isolated(ending))
+        self._recorder.add(Record(job.number, made.ok, job.executions, made.data, made.usage))
 
     def line_noted(self, job: Job) -> None:
         """A line goes on, with more behind it."""

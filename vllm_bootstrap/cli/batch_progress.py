@@ -36,6 +36,8 @@ def lines_of(batch: BatchObject) -> str:
     if batch.status == "validating":
         done, total = batch.progress.validated_bytes, batch.progress.input_bytes
         return f"{text.size(done)} of {text.size(total)} checked" if done is not None and total else ""
+    if not counts.total:  # it was refused, or given up before they were known
+        return ""
     failed = f", {counts.failed} failed" if counts.failed else ""
     return f"{counts.completed + counts.failed} of {counts.total} lines{failed}"
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import sys
 from collections.abc import Generator
@@ -16,6 +17,7 @@ import typer
 from vllm_bootstrap.cli import batch_progress, output, text
 from vllm_bootstrap.cli.options import AsJson, Failure, Key, Url, UsageError, connect
 from vllm_bootstrap.client import BatchFields, Client, WebhookTo
+from vllm_bootstrap.errors import ApiError
 from vllm_bootstrap.sdk.batch_calls import Change
 from vllm_bootstrap.wire_batches import BatchObject
 
@@ -80,7 +82,12 @@ def submit(
     with connect(url, key) as client:
         with batch_progress.transferring(f"uploading {file.name}") as on_progress:
             stored = client.files.upload(file, on_progress=None if as_json else on_progress)
-        made = client.batches.create(stored.id, path, **fields)
+        try:
+            made = client.batches.create(stored.id, path, **fields)
+        except ApiError:
+            with contextlib.suppress(ApiError):  # nobody would know of it; a batch, should there be one, has its own
+                client.files.delete(stored.id)
+            raise
         if wait:
             _wait(client, made, as_json=as_json)
         elif as_json:
@@ -102,6 +109,8 @@ def endpoint_of(file: Path) -> str:
         wanted: Any = json.loads(line.decode("utf-8-sig"))["url"]
     except (ValueError, KeyError, TypeError, RecursionError):
         wanted = None
+    if not line.strip():
+        raise UsageError(f"{file} is empty: each line is to hold a request.")
     if not isinstance(wanted, str) or not wanted.startswith("/"):
         raise UsageError(f"The first line of {file} names no 'url': say the route with --endpoint.")
     return wanted
@@ -139,7 +148,8 @@ def _tell_end(ended: BatchObject) -> None:
     prefix = "" if output.on_terminal() else f"{ended.id}  "
     style = "green" if batch_progress.went_well(ended) else "red"
     took = text.duration(max(0, _ended_at(ended) - ended.created_at))
-    output.say(f"{prefix}{output.styled(ended.status, style)} after {took}: {batch_progress.lines_of(ended)}")
+    lines = batch_progress.lines_of(ended)
+    output.say(f"{prefix}{output.styled(ended.status, style)} after {took}{': ' if lines else ''}{lines}")
     _tell_refusal(ended)
     if ended.output_file_id is not None:
         output.note(f"Answers: vllm-bootstrap batch results {ended.id} -o answers.jsonl")

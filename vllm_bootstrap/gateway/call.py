@@ -1,8 +1,8 @@
 """A request of the daemon's own (a line of a batch), carried through the data plane without a client's connection.
 
 It is treated as a client's request of the same key would be: judged by the same rules, counted and limited like it,
-listed and cancelled like it, and one record is left of it. Its class is always batch, it waits as long as it must, and
-its answer is kept until it is whole.
+listed and cancelled like it, and one record is left of it unless it was refused for want of room. Its class is always
+batch, it waits as long as it must, and its answer is kept until it is whole.
 
 Invariant: ``on_end`` is called exactly once with what became of it, unless ``cancel`` came first; then never. Either
 way the place is given back, the engine's connection is released or closed at once, what was held in memory is freed.
@@ -29,6 +29,7 @@ from vllm_bootstrap.errors import (
     Forbidden,
     InternalError,
     NotFound,
+    TooManyRequests,
     Unauthorized,
     Unavailable,
     UpstreamError,
@@ -294,17 +295,19 @@ class Call(Passage):
         if self._connection is not None:
             self._connection.abort()
         failure = Failure(error, self.running_on, self._was_sent)
-        self._end(error.status, error.code)
+        # For want of room it is asked again, as often as it takes: that would crowd all else out of the history.
+        self._end(error.status, error.code, noted=not isinstance(error, TooManyRequests))
         self._tell(failure)
 
     def give_up(self) -> None:
         self._free()
         self._tell(Failure(InternalError("The daemon failed to carry this request"), self.running_on, self._was_sent))
 
-    def _end(self, status: int, code: str | None) -> None:
+    def _end(self, status: int, code: str | None, *, noted: bool = True) -> None:
         spent = self._leave(worked=self._stage >= WAITING and self._status < 400)
         self._free()
-        self._gateway.record(self._journey.record(status, code, spent, self._size))
+        if noted:
+            self._gateway.record(self._journey.record(status, code, spent, self._size))
 
     def _free(self) -> None:
         self._gateway.exit(self)

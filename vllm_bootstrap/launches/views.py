@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm_bootstrap.engines.base import Placement
-from vllm_bootstrap.launches.lifecycle import State, is_routable
+from vllm_bootstrap.launches.lifecycle import State, Why, is_routable
 from vllm_bootstrap.launches.owner import LaunchOwner
 from vllm_bootstrap.launches.store import LaunchRow
 from vllm_bootstrap.launches.types import ClaimView, FailureView, LaunchView, ProgressView
@@ -96,6 +96,7 @@ def advert_of(owner: LaunchOwner) -> Advert:
         state=row.phase.state.value,
         instance=_instance(owner),
         retry_after_s=progress.eta_s if progress is not None else None,
+        stopped=row.phase.state is State.STOPPED or row.phase.why is Why.OPERATOR,
     )
 
 

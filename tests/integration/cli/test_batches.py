@@ -11,6 +11,7 @@ from tests.support.batch_desks import batch_id
 from vllm_bootstrap.batches import jobs
 from vllm_bootstrap.batches.types import Counts, LineError, Progress, TokenUsage
 from vllm_bootstrap.cli import batch_progress
+from vllm_bootstrap.cli.options import connect
 
 ONE, TWO = batch_id(1), batch_id(2)
 LINE = {"custom_id": "a", "method": "POST", "url": "/v1/embeddings", "body": {"model": "m", "input": "x"}}
@@ -105,7 +106,24 @@ def test_the_first_line_is_found_behind_empty_ones_and_marks(box, text):
     assert box.batches.accepted[ONE].endpoint == "/v1/embeddings"
 
 
-@pytest.mark.parametrize("text", ["", "\n", "no json", "[]", "{}", '{"url": 5}', '{"url": "http://x/"}', "\x00"])
+@pytest.mark.parametrize("text", ["", "\n", " \n\n"])
+def test_a_file_without_a_line_is_called_empty(box, text):
+    result = box.run("submit", box.written(text))
+    assert (result.code, "is empty" in result.err) == (2, True)
+
+
+def test_what_was_uploaded_for_a_batch_that_is_refused_is_not_left_behind(box):
+    assert box.run("submit", box.written(), "--window", "soon").code == 1
+    with connect(box.at.url, None) as client:
+        assert client.files.list().data == []
+
+
+def test_a_batch_that_was_refused_has_no_lines_to_speak_of(box):
+    box.batches.put(1, "local", phase=jobs.FAILED, counts=Counts(), errors=(LineError("invalid", "wrong", 3),))
+    assert "0 of 0" not in "".join(box.lines("status"))
+
+
+@pytest.mark.parametrize("text", ["no json", "[]", "{}", '{"url": 5}', '{"url": "http://x/"}', "\x00"])
 def test_a_file_that_names_no_route_needs_the_option(box, text):
     result = box.run("submit", box.written(text))
     assert (result.code, "--endpoint" in result.err) == (2, True)

@@ -94,6 +94,7 @@ def test_ids_of_records_are_those_of_lines() -> None:
         ({"total_tokens": 5}, TokenUsage(5)),
         ({"prompt_tokens": 5, "completion_tokens_details": {"reasoning_tokens": True}}, TokenUsage(5)),
         ({"prompt_tokens": 5, "completion_tokens_details": {"reasoning_tokens": -1}}, TokenUsage(5)),
+        ({"completion_tokens": 5, "completion_tokens_details": {"reasoning_tokens": 10**30}}, TokenUsage(0, 0, 5, 5)),
         ({"prompt_tokens": 5, "completion_tokens_details": None}, TokenUsage(5)),
         ({}, NO_USAGE),
         ("much", NO_USAGE),

@@ -55,6 +55,8 @@ def test_without_a_secret_there_is_no_signature():
 def test_a_secret_that_is_no_base_64_is_told_without_showing_it():
     with pytest.raises(ValueError, match="not base 64") as caught:
         signing_key("whsec_abcde")
+    with pytest.raises(ValueError, match="base 64"):  # a lenient decoder would sign with an empty key
+        signing_key("whsec_!!!!!!!!!!!!!!!!")
     assert "abcde" not in str(caught.value)
 
 
