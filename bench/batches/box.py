@@ -17,7 +17,7 @@ from tests.support.daemon import DaemonProcess
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 ENDED = {"completed", "failed", "expired", "cancelled"}
-POLL_S = 0.1
+POLL_S = 0.2
 CORES = os.cpu_count() or 1
 
 

@@ -46,18 +46,29 @@ def fingerprint(new: NewBatch) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def link(source: Path, target: Path) -> None:
-    """A second name for a file, on disk when this returns. Raises ``StorageFull`` and ``StorageFailed``."""
-    try:
-        os.link(source, target)
-        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+class Inputs:
+    """Gives inputs a second name. After the disk has failed once nothing is accepted any more: nobody can know what of
+    the earlier names it holds."""
+
+    def __init__(self) -> None:
+        self._failed: StorageFailed | None = None
+
+    def link(self, source: Path, target: Path) -> None:
+        """A second name for a file, on disk when this returns. Blocks. Raises ``StorageFull``, ``StorageFailed``, and
+        ``NotFound`` where the file is gone."""
+        if self._failed is not None:
+            raise StorageFailed(self._failed.message)
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except FileNotFoundError:
-        raise NotFound("The input file was deleted just now.", param="input_file_id") from None
-    except OSError as exc:
-        if exc.errno in _NO_ROOM:
-            raise StorageFull(f"The batch cannot be stored: {exc.strerror}") from exc
-        raise StorageFailed(f"The batch cannot be stored: {exc.strerror}") from exc
+            os.link(source, target)
+            folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except FileNotFoundError:
+            raise NotFound("The input file was deleted just now.", param="input_file_id") from None
+        except OSError as exc:
+            if exc.errno in _NO_ROOM:
+                raise StorageFull(f"The batch cannot be stored: {exc.strerror}") from exc
+            self._failed = StorageFailed(f"The batch cannot be stored: {exc.strerror}")
+            raise self._failed from exc

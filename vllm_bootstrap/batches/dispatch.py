@@ -62,9 +62,9 @@ class Dispatcher:
     def check_launch(self, owner: str, launch_id: str) -> None:
         """Whether lines of this key can go to that launch or group some day. Raises ``NotFound`` where it is not there,
         or not for this key, and ``LaunchNotReady`` where it has ended for good."""
-        meant = [advert for advert in self._adverts.values() if _answers(advert, ("", launch_id))]
+        meant = self._meant(("", launch_id))
         key = self._key_named(owner)
-        allowed = key is None or any(key.may_use(*advert.served_names, advert.base_model) for advert in meant)
+        allowed = key is None or any(_may_use(key, advert) for advert in meant)
         if not meant or not allowed:
             raise NotFound(f"There is no launch {launch_id!r}.", param="launch_id")
         if all(advert.state in ENDED for advert in meant):
@@ -146,15 +146,23 @@ class Dispatcher:
             self._tell_engines(key, lane)
 
     def _tell_engines(self, key: LaneKey, lane: Lane) -> None:
-        meant = [advert for advert in self._adverts.values() if _answers(advert, key)]
+        meant = self._meant(key)
         slots = sum(advert.instance.slots for advert in meant if advert.instance is not None)
         lane.engines(slots, _absence(meant, key))
 
+    def _meant(self, key: LaneKey) -> list[Advert]:
+        """The launches that a lane's lines may go to, whatever state they are in."""
+        return [advert for advert in self._adverts.values() if _answers(advert, key)]
+
     # For lanes
 
-    def principal(self, owner: str) -> Principal | None:
+    def principal(self, owner: str, key: LaneKey) -> Principal | None:
         found = self._key_named(owner)
-        return found if found is not None and allows(found.scopes, _BATCH) else None
+        if found is None or not allows(found.scopes, _BATCH):
+            return None
+        if key[1] is not None and not any(_may_use(found, advert) for advert in self._meant(key)):
+            return None
+        return found
 
     def send(self, flight: Flight, principal: Principal, key: LaneKey) -> Carriage:
         model, launch_id = key
@@ -177,7 +185,7 @@ class _Desk:
         return self._dispatcher.send(flight, principal, self._key)
 
     def principal(self, owner: str) -> Principal | None:
-        return self._dispatcher.principal(owner)
+        return self._dispatcher.principal(owner, self._key)
 
 
 class _Carried(Call):
@@ -211,6 +219,10 @@ def _ended(before: Advert, advert: Advert) -> bool:
     if was is not None and now is not None:
         return was.endpoint != now.endpoint
     return before.state == "ready" and advert.state != "ready"
+
+
+def _may_use(key: Principal, advert: Advert) -> bool:
+    return key.may_use(*advert.served_names, advert.base_model)
 
 
 def _answers(advert: Advert, key: LaneKey) -> bool:

@@ -28,7 +28,7 @@ from vllm_bootstrap.batches.run_deps import Lanes
 from vllm_bootstrap.batches.store import Creation
 from vllm_bootstrap.batches.types import NO_COUNTS, NO_USAGE, ItemView, NewItem, Record
 from vllm_bootstrap.batches.work import Answered, Ending, Job
-from vllm_bootstrap.errors import ApiError, NotFound, QueueFull
+from vllm_bootstrap.errors import ApiError, BadRequest, NotFound, QueueFull
 from vllm_bootstrap.tallies import BatchTally
 
 log = logging.getLogger(__name__)
@@ -99,17 +99,23 @@ class ItemService:
     # What callers ask
 
     async def submit(self, new: NewItem) -> ItemView:
-        if new.launch_id is not None:
-            self._lanes.check_launch(new.owner, new.launch_id)
-        now = self._clock()
-        body = json.dumps(new.body, ensure_ascii=False, separators=(",", ":"))
-        expires_at = now + (new.expires_after_s or self._expires_after_s)
-        item_id = ids.new_id(ids.ITEM_PREFIX, int(now * 1000), os.urandom(ids.RANDOM_BYTES))
-        item = Waiting(item_id, new.owner, new.path, new.model, new.launch_id, new.priority, 0, 0, expires_at)
+        try:
+            body = json.dumps(new.body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        except ValueError:
+            raise BadRequest("A number in the request is larger than JSON's readers can hold.") from None
         creation = None
         if new.idempotency_key is not None:
             what = json.dumps([new.path, new.launch_id, new.priority, new.expires_after_s, body])
             creation = Creation(new.owner, new.idempotency_key, hashlib.sha256(what.encode()).hexdigest())
+            before = await self._store.recalled(creation)
+            if before is not None:
+                return await self.get(before.result_id, None)
+        if new.launch_id is not None:
+            self._lanes.check_launch(new.owner, new.launch_id)
+        now = self._clock()
+        expires_at = now + (new.expires_after_s or self._expires_after_s)
+        item_id = ids.new_id(ids.ITEM_PREFIX, int(now * 1000), os.urandom(ids.RANDOM_BYTES))
+        item = Waiting(item_id, new.owner, new.path, new.model, new.launch_id, new.priority, 0, 0, expires_at)
         # To its end also when the caller has gone: what is stored must be known here.
         return await asyncio.shield(self._accept(item, body, now, creation))
 

@@ -23,6 +23,7 @@ from vllm_bootstrap.errors import ApiError, StorageFailed
 log = logging.getLogger(__name__)
 
 MOST_WAITING, MOST_BYTES = 2000, 64 * 1024**2
+ENOUGH = 64
 AGAIN_S = 1.0
 LAST_S = 2.0
 """How long a stop waits for the disk to take what is finished."""
@@ -37,7 +38,9 @@ class Ledger(Protocol):
 
 
 class Recorder:
-    """``written(totals)`` is called after each write, ``freed`` when there is room again after there was none."""
+    """``written(totals)`` is called after each write, ``freed`` when there is room again after there was none. A write
+    waits ``gather_s`` for company, unless ``ENOUGH`` records are there: engines answer in waves, and each write costs
+    the same whatever is in it."""
 
     def __init__(
         self,
@@ -46,8 +49,11 @@ class Recorder:
         clock: Callable[[], float],
         written: Callable[[Totals], None],
         freed: Callable[[], None],
+        gather_s: float = 0.0,
     ) -> None:
         self._ledger, self._clock, self._written, self._freed = ledger, clock, written, freed
+        self._gather_s = gather_s
+        self._hurry = asyncio.Event()
         self._records: list[Record] = []
         self._troubles: dict[int, tuple[int, int]] = {}
         self._bytes = 0
@@ -76,7 +82,11 @@ class Recorder:
 
     async def drain(self) -> None:
         """Return when everything is on disk. Raises ``StorageFailed``."""
-        await self._idle.wait()
+        self._hurry.set()
+        try:
+            await self._idle.wait()
+        finally:
+            self._hurry.clear()
         if self.failed is not None:
             raise self.failed
 
@@ -102,6 +112,9 @@ class Recorder:
     async def _write_forever(self) -> None:
         while True:
             await self._something.wait()
+            if self._gather_s and len(self._records) < ENOUGH:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._hurry.wait(), self._gather_s)
             self._something.clear()
             was_full = self.full
             records, self._records = self._records, []

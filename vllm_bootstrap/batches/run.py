@@ -34,7 +34,7 @@ from vllm_bootstrap.errors import ApiError, Conflict, StorageFailed
 log = logging.getLogger(__name__)
 
 AGAIN_S = 1.0
-LOOK_S = 5.0
+LOOK_S, COUNTED_WITHIN_S = 5.0, 2.0
 AFTER_BUG_S = 30.0
 KEEP_COUNTS_S = 10.0
 """So old at most are the counts that a batch is shown with right after a restart, until its lines are open."""
@@ -55,7 +55,7 @@ class Run:
         self._deps, self._changed = deps, changed
         self._deadline = asyncio.get_running_loop().time() + max(0.0, row.expires_at - deps.clock())
         self._lock = asyncio.Lock()
-        self._wake = asyncio.Event()
+        self._wake, self._counted = asyncio.Event(), asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._lines: LineStore | None = None
         self._working: Working | None = None
@@ -85,6 +85,12 @@ class Run:
         """Whether its lines are to be run and none is under way."""
         return self.row.phase.state is State.IN_PROGRESS and self._working is not None and not self._working.in_flight
 
+    async def counted(self) -> None:
+        """Return when its counts are known: a batch that goes on after a restart is looked through first."""
+        if self.row.phase.state is State.IN_PROGRESS:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._counted.wait(), COUNTED_WITHIN_S)
+
     def view(self) -> BatchView:
         row = replace(self.row, counts=self._counts, usage=self._usage)
         now = asyncio.get_running_loop().time()
@@ -109,16 +115,12 @@ class Run:
             return "it is paused"
         return self._working.waits_for() if self._working is not None else None
 
-    async def cancel(self) -> None:
-        await self.change(Event.CANCEL_REQUESTED)
-
     async def retry(self) -> None:
         """Before ``start``: failed lines of an ended batch are to be run again. Raises ``Conflict`` without any."""
         if self.row.phase.state not in RETRYABLE or not self._deps.lines(self.row.id).exists():
             raise Conflict("No line of this batch can be run again.")
         try:
-            lines = await self._open()
-            dropped = await lines.forget_failed()
+            dropped = await (lines := await self._open()).forget_failed()
             self._note(await lines.totals())
             if not dropped and not self._counts.left:
                 raise Conflict("No line of this batch has failed.")
@@ -184,8 +186,8 @@ class Run:
                 stamps[phase.state.value] = now
                 if phase.state in REASONS:
                     fields |= {"output_file_id": self._new_file_id(now), "error_file_id": self._new_file_id(now)}
-            counts = {"counts": self._counts, "usage": self._usage}
-            row = replace(self.row, phase=phase, stamps=stamps, **(counts | fields))
+            fields = {"counts": self._counts, "usage": self._usage} | fields
+            row = replace(self.row, phase=phase, stamps=stamps, **fields)
             await self._store(row, event.value, before, detail)
         self._wake.set()
         self._changed()
@@ -310,6 +312,7 @@ class Run:
             row = self.row
             self._lines = await asyncio.to_thread(LineStore.open, self._deps.lines(row.id), self._deps.input(row.id))
             self._note(await self._lines.totals())
+            self._counted.set()
         return self._lines
 
     async def _close_lines(self) -> None:

@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-from vllm_bootstrap.batches import acceptance, output
-from vllm_bootstrap.batches.jobs import TERMINAL, State
-from vllm_bootstrap.batches.linestore import LineStore
+from vllm_bootstrap.batches import acceptance, reading
+from vllm_bootstrap.batches.jobs import TERMINAL, Event
 from vllm_bootstrap.batches.run import Run
 from vllm_bootstrap.batches.run_deps import RunDeps
 from vllm_bootstrap.batches.store import Creation
 from vllm_bootstrap.batches.types import BatchEvent, BatchRow, BatchView, NewBatch, Progress
-from vllm_bootstrap.db import CannotOpen
 from vllm_bootstrap.errors import (
     ApiError,
     BadRequest,
@@ -33,7 +31,6 @@ from vllm_bootstrap.errors import (
     NotFound,
     StorageFailed,
     TooManyRequests,
-    Unavailable,
 )
 
 T = TypeVar("T")
@@ -58,6 +55,7 @@ class BatchService:
         self._waiting: dict[str, BatchRow] = {}
         self._watchers: dict[str, set[asyncio.Event]] = {}
         self._accepting = asyncio.Lock()
+        self._inputs = acceptance.Inputs()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._idle_since: dict[str, float] = {}
         self._aside: dict[str, tuple[int, str]] = {}  # how often it gave its place away, and why it stood still
@@ -124,7 +122,7 @@ class BatchService:
                 if before is None:
                     raise TooManyRequests(f"{most} batches have not ended yet: wait for some.", retry_after=60)
                 return await self.get(before.result_id, None)
-            await asyncio.to_thread(acceptance.link, blob, self._deps.input(row.id))
+            await asyncio.to_thread(self._inputs.link, blob, self._deps.input(row.id))
             try:
                 created = await store.create(row, creation)
             except StorageFailed:  # nobody knows whether the row is there: the next start looks
@@ -142,7 +140,12 @@ class BatchService:
     # Looking
 
     async def get(self, batch_id: str, owner: str | None) -> BatchView:
-        return self._view(await self._row(batch_id, owner))
+        row = await self._row(batch_id, owner)
+        run = self._runs.get(batch_id)
+        if run is not None:
+            await run.counted()
+            row = run.row
+        return self._view(row)
 
     async def list(self, owner: str | None, *, after: str | None, limit: int) -> tuple[Sequence[BatchView], bool]:
         rows = await self._deps.store.list(owner, after, limit + 1)
@@ -172,28 +175,8 @@ class BatchService:
                 self._watchers.pop(batch_id, None)
 
     async def partial(self, batch_id: str, owner: str | None, *, failed: bool) -> AsyncGenerator[bytes, None]:
-        row = await self._row(batch_id, owner)
-        try:
-            lines = await asyncio.to_thread(LineStore.open, self._deps.lines(row.id), self._deps.input(row.id))
-        except CannotOpen as exc:
-            if row.phase.state not in (*TERMINAL, State.VALIDATING, State.CANCELLING):
-                raise Unavailable(f"What is finished cannot be read now: {exc}", retry_after=5) from exc
-            file_id = row.error_file_id if failed else row.output_file_id
-            if row.phase.state in TERMINAL and file_id is not None:
-                async for piece in self._file(file_id):
-                    yield piece
-            return
-        try:
-            async for piece in output.pieces(lines, ok=not failed):
-                yield piece
-        finally:
-            await asyncio.to_thread(lines.close)
-
-    async def _file(self, file_id: str) -> AsyncGenerator[bytes, None]:
-        _, path = await self._deps.files.open(file_id, None)
-        with await asyncio.to_thread(path.open, "rb") as file:
-            while piece := await asyncio.to_thread(file.read, 256 * 1024):
-                yield piece
+        async for piece in reading.so_far(self._deps, await self._row(batch_id, owner), failed=failed):
+            yield piece
 
     # Steering
 
@@ -201,7 +184,7 @@ class BatchService:
         async def work() -> None:
             run = await self._run(batch_id, owner)
             if run is not None:
-                await run.cancel()
+                await run.change(Event.CANCEL_REQUESTED)
 
         await self._alone(batch_id, work())
         return await self.get(batch_id, owner)

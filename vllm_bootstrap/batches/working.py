@@ -17,6 +17,8 @@ from vllm_bootstrap.batches.types import BatchRow, Record
 from vllm_bootstrap.batches.work import Answered, Ending, Job
 from vllm_bootstrap.errors import StorageFailed
 
+GATHER_S = 0.02
+
 
 class Working:
     """``written(totals)`` is called after each write, ``failed()`` when no more can be written."""
@@ -24,7 +26,7 @@ class Working:
     def __init__(self, row: BatchRow, deps: RunDeps, lines: LineStore, written: Callable[[Totals], None]) -> None:
         self._row, self._deps, self._lines = row, deps, lines
         self._paused, self._priority = row.paused, row.priority
-        self._recorder = Recorder(lines, clock=deps.clock, written=written, freed=self._freed)
+        self._recorder = Recorder(lines, clock=deps.clock, written=written, freed=self._freed, gather_s=GATHER_S)
         self._sources: dict[str, LineSource] = {}
 
     async def start(self) -> None:

@@ -232,3 +232,19 @@ def test_a_key_without_batch_work_is_no_key(tmp_path: Path) -> None:
             assert not here.engine.requests
 
     run(go())
+
+
+def test_a_key_that_loses_the_model_of_a_named_launch_waits_for_it(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with world(tmp_path) as here:
+            here.keys[OWNER] = Principal(OWNER, frozenset({"batch"}), models=("other",))
+            here.announce()
+            source = here.add(Jobs("s", 1, path=COMPLETIONS), LAUNCH)
+            await eventually(lambda: here.dispatcher.waits_for("s"))
+            assert not source.endings
+            here.keys[OWNER] = Principal(OWNER, frozenset({"batch"}))
+            here.dispatcher.keys_changed()
+            await eventually(lambda: len(source.endings) == 1)
+            assert isinstance(source.endings[1], Answered)
+
+    run(go())

@@ -18,6 +18,7 @@ from tests.support import small_disk
 from tests.support.aio import run
 from tests.support.batch_office import LINES, OWNER, InstantEngine, Office, index_here, input_lines, office
 from tests.support.faulty_disk import FULL, IO_ERROR_FSYNC, IO_ERROR_WRITE, faulty_disk
+from vllm_bootstrap.batches import working
 from vllm_bootstrap.batches.indexer import OnProgress
 from vllm_bootstrap.batches.indexing import Outcome, Task
 from vllm_bootstrap.batches.jobs import State
@@ -294,9 +295,12 @@ def test_lines_that_a_newer_program_wrote_are_left_alone(tmp_path: Path) -> None
             assert path.read_bytes() == before
 
 
-def test_a_log_that_was_cut_off_anywhere_is_recovered_to_its_last_whole_record(tmp_path: Path) -> None:
+def test_a_log_that_was_cut_off_anywhere_is_recovered_to_its_last_whole_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The state directory is copied while lines are being recorded, and its log cut off at some odd places."""
     copies = [tmp_path / f"copy{number}" for number in range(6)]
+    monkeypatch.setattr(working, "GATHER_S", 0.0)  # many small writes
 
     async def first_life() -> str:
         async with office(tmp_path / "state", InstantEngine(pace_s=0.001, holds_after=LINES - 40)) as one:

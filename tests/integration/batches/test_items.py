@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,30 @@ def test_too_many_are_refused_but_not_a_repeated_request(tmp_path: Path) -> None
             here.launch()
             await eventually(lambda: service.waiting == 0)
             assert (await service.submit(new("a", idempotency_key="k"))).id == first.id
+
+    run(go())
+
+
+def test_a_repeated_request_is_answered_also_when_its_launch_has_ended(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with desk(tmp_path) as here:
+            service = here.department.items
+            launch_id = next(iter(here.department.dispatcher._adverts))
+            first = await service.submit(new("a", idempotency_key="k", launch_id=launch_id))
+            here.department.forget(launch_id)
+            assert (await service.submit(new("a", idempotency_key="k", launch_id=launch_id))).id == first.id
+            with pytest.raises(NotFound):
+                await service.submit(new("a", launch_id=launch_id))
+
+    run(go())
+
+
+def test_a_number_that_json_cannot_hold_is_refused(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with desk(tmp_path) as here:
+            with pytest.raises(BadRequest, match="larger than"):
+                await here.department.items.submit(replace(new("a"), body={"model": "m", "temperature": 1e999}))
+            assert here.department.items.waiting == 0
 
     run(go())
 

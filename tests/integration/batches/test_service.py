@@ -75,7 +75,15 @@ def test_ids_of_files_are_shown_when_the_files_can_be_read(tmp_path: Path) -> No
     run(go())
 
 
-def test_after_a_restart_counts_are_shown_before_anything_is_open(tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", [False, True])
+def test_after_a_restart_counts_are_shown_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    async def nothing(_run: object) -> None: ...
+
+    if killed:  # the counts beside its row are those of its beginning
+        monkeypatch.setattr(run_module.Run, "_keep_counts", nothing)
+
     async def go() -> None:
         async with office(tmp_path, HandEngine(0.01)) as here:
             batch_id = await running(here, 200)
