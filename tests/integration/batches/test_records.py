@@ -228,4 +228,4 @@ def test_an_input_that_cannot_be_linked(
 
     monkeypatch.setattr(os, "link", fails)
     with pytest.raises(error):
-        acceptance.link(tmp_path / "a", tmp_path / "b")
+        acceptance.Inputs().link(tmp_path / "a", tmp_path / "b")
