@@ -1,5 +1,6 @@
 """The simulator as a process: its tree, its start, its ends, and the failures that knobs ask for."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -315,6 +316,15 @@ def test_crash_after_requests_leaves_the_children():
 def test_exit_zero_after_requests():
     with Simulator(exit_zero_after=1) as simulator:
         assert simulator.complete().status == 200
+        assert simulator.process.wait(5) == 0
+        assert simulator.tree() == {}
+
+
+def test_poison_kills_the_engine_process():
+    with Simulator(poison="nightshade") as simulator:
+        assert simulator.complete().status == 200
+        with contextlib.suppress(OSError, http.client.HTTPException):  # it dies while it answers, or before
+            simulator.request("POST", "/v1/completions", {"prompt": "a nightshade", "max_tokens": 100})
         assert simulator.process.wait(5) == 0
         assert simulator.tree() == {}
 
