@@ -1,9 +1,9 @@
-"""Runs the tests in two processes at once: what only computes beside what waits for processes and clocks.
+"""Runs the tests in three processes at once: two that mostly wait for processes and clocks, one that only computes.
 
-``python scripts/run_tests.py [--coverage] [pytest arguments]``. Most tests below ``tests/integration`` and
-``tests/acceptance`` wait for something; the others keep a core busy. Side by side they take the time of the longer
-half, and those that compute yield to those that have deadlines. With arguments that name tests, or with one core, there
-is one process as usual. The output of the second comes when the first has ended; the last line sums up both.
+``python scripts/run_tests.py [--coverage] [pytest arguments]``. Tests below ``tests/acceptance`` and
+``tests/integration`` need a quarter of a core; the others keep one busy, and yield to those that have deadlines. So all
+together take the time of the longest. With arguments that name tests, or with one core, there is one process as usual.
+The output of the first is shown as it comes, that of the others after it; the last line sums up all.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Self
 
 ROOT = Path(__file__).resolve().parents[1]
 WAITING = ("tests/acceptance", "tests/integration")
@@ -26,29 +27,45 @@ _COUNT = re.compile(r"(\d+) (passed|failed|errors?|skipped|deselected|xfailed|xp
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The worse of the two exit codes."""
+    """The worst of the exit codes."""
     options = [argument for argument in arguments if argument != "--coverage"]
     runner = [sys.executable, "-m"]
     runner += ["coverage", "run", "-m", "pytest"] if "--coverage" in arguments else ["pytest"]
     if any(not option.startswith("-") for option in options) or (os.cpu_count() or 1) < 2:
         return subprocess.run([*runner, *options], cwd=ROOT, check=False).returncode
-    ignored = [f"--ignore={folder}" for folder in WAITING]
+    first, second = ([*runner, *options, folder] for folder in WAITING)
+    rest = ["nice", "-n", str(NICENESS), *runner, *options, *(f"--ignore={folder}" for folder in WAITING)]
     began = time.monotonic()
-    with tempfile.TemporaryFile() as output:
-        computing = subprocess.Popen(
-            ["nice", "-n", str(NICENESS), *runner, *ignored, *options], cwd=ROOT, stdout=output, stderr=output
-        )
-        try:
-            code, text = followed([*runner, *options, *WAITING])
-            other = computing.wait()
-        finally:
-            computing.kill()
-            computing.wait()
-        output.seek(0)
-        beside = output.read().decode(errors="replace")
-    print(f"\n--- {' and '.join(WAITING)} are above, all other tests below ---\n{beside}")
-    print(summed([text, beside], time.monotonic() - began), flush=True)
-    return code or other
+    with Beside(second) as waiting, Beside(rest) as computing:
+        code, text = followed(first)
+        others = [waiting.output(), computing.output()]
+        codes = [code, waiting.process.returncode, computing.process.returncode]
+    for name, output in zip((WAITING[1], "all other tests"), others, strict=True):
+        print(f"\n--- {name} ---\n{output}")
+    print(summed([text, *others], time.monotonic() - began), flush=True)
+    return max(codes, key=abs)
+
+
+class Beside:
+    """A command that runs beside others, its output kept in a file. Leaving ends it."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=self._file, stderr=self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._file.close()
+
+    def output(self) -> str:
+        """Wait for its end; all it has said."""
+        self.process.wait()
+        self._file.seek(0)
+        return self._file.read().decode(errors="replace")
 
 
 def followed(command: Sequence[str]) -> tuple[int, str]:

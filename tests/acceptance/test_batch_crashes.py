@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.batch_kills import Night
 
-SEEDS = int(os.environ.get("BATCH_KILLS", "4"))
+SEEDS = int(os.environ.get("BATCH_KILLS", "2"))
 
 
 @pytest.mark.parametrize("seed", range(1, SEEDS + 1))

@@ -1,4 +1,4 @@
-"""The sum under the two halves of a test run."""
+"""The sum under the parts of a test run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ FAILED a::b
 COMPUTING = "....\n400 passed, 1 warning in 30.00s\n"
 
 
-def test_the_last_line_counts_both() -> None:
+def test_the_last_line_counts_all() -> None:
     summed = run_tests.summed([WAITING, COMPUTING], 75.5)
     assert summed == "1 failed, 420 passed, 3 deselected, 1 warning in 75.50s (0:01:15)"
 
 
-def test_a_half_that_said_nothing_counts_nothing() -> None:
+def test_a_part_that_said_nothing_counts_nothing() -> None:
     assert run_tests.summed(["killed", COMPUTING], 3) == "400 passed, 1 warning in 3.00s (0:00:03)"

@@ -34,7 +34,7 @@ from vllm_bootstrap.errors import ApiError, Conflict, StorageFailed
 log = logging.getLogger(__name__)
 
 AGAIN_S = 1.0
-LOOK_S, COUNTED_WITHIN_S = 5.0, 2.0
+LOOK_S, COUNTED_WITHIN_S = 5.0, 0.5
 AFTER_BUG_S = 30.0
 KEEP_COUNTS_S = 10.0
 """So old at most are the counts that a batch is shown with right after a restart, until its lines are open."""

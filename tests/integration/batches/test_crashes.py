@@ -28,7 +28,7 @@ from vllm_bootstrap.batches.jobs import State
 
 ALL = os.environ.get("CRASH_ALL") == "1"
 SEED = int(os.environ.get("CRASH_SEED", time.time() // 86400))
-STEP = 1 if ALL else 5
+STEP = 1 if ALL else 11
 KINDS = list(Left)
 
 
