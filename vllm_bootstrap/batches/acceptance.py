@@ -5,7 +5,6 @@ Must not know: lines, engines, which batches there are.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -13,11 +12,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from vllm_bootstrap import ids
+from vllm_bootstrap.batches.blobs import Folder
 from vllm_bootstrap.batches.jobs import VALIDATING, State
 from vllm_bootstrap.batches.types import BatchRow, NewBatch
-from vllm_bootstrap.errors import NotFound, StorageFailed, StorageFull
-
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMLINK})
+from vllm_bootstrap.errors import NotFound
 
 
 def row_of(new: NewBatch, now: float) -> BatchRow:
@@ -46,29 +44,10 @@ def fingerprint(new: NewBatch) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-class Inputs:
-    """Gives inputs a second name. After the disk has failed once nothing is accepted any more: nobody can know what of
-    the earlier names it holds."""
-
-    def __init__(self) -> None:
-        self._failed: StorageFailed | None = None
-
-    def link(self, source: Path, target: Path) -> None:
-        """A second name for a file, on disk when this returns. Blocks. Raises ``StorageFull``, ``StorageFailed``, and
-        ``NotFound`` where the file is gone."""
-        if self._failed is not None:
-            raise StorageFailed(self._failed.message)
-        try:
-            os.link(source, target)
-            folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        except FileNotFoundError:
-            raise NotFound("The input file was deleted just now.", param="input_file_id") from None
-        except OSError as exc:
-            if exc.errno in _NO_ROOM:
-                raise StorageFull(f"The batch cannot be stored: {exc.strerror}") from exc
-            self._failed = StorageFailed(f"The batch cannot be stored: {exc.strerror}")
-            raise self._failed from exc
+def take(folder: Folder, source: Path, target: Path) -> None:
+    """Give an input a name of the batch's own. Durable when this returns; blocks. Raises what ``Folder.link`` does, and
+    ``NotFound`` where the file is gone."""
+    try:
+        folder.link(source, target)
+    except FileNotFoundError:
+        raise NotFound("The input file was deleted just now.", param="input_file_id") from None

@@ -35,7 +35,7 @@ def id_of(name: str) -> str:
 
 
 class Folder:
-    """The folder of all blobs. ``failed``: the disk failed once, nothing is written any more."""
+    """A folder of blobs, durable itself. ``failed``: the disk failed once, nothing is written any more."""
 
     def __init__(self, path: Path, *, reserve_bytes: int) -> None:
         self.path = path
@@ -78,6 +78,18 @@ class Folder:
             source.rename(target)
         self.sync(self._fd)
 
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a name in this folder as well. Durable when this returns. Raises ``FileNotFoundError`` where it
+        is not there (any more)."""
+        self.check()
+        try:
+            os.link(source, target)
+        except FileNotFoundError:
+            raise
+        except OSError as exc:
+            raise self.translated(exc) from exc
+        self.sync(self._fd)
+
     def sync(self, fd: int) -> None:
         """fsync. A failure that is not lack of room is final: the kernel forgets what it could not write."""
         try:
@@ -94,11 +106,11 @@ class Folder:
             )
         if final or exc.errno == errno.EIO:
             self.failed = StorageFailed(
-                f"The folder of files cannot be relied on any more ({exc}): check the disk, then restart."
+                f"The folder {self.path.name!r} cannot be relied on any more ({exc}): check the disk, then restart."
             )
             log.critical("%s: %s", self.path, self.failed)
             return self.failed
-        return Unavailable(f"The folder of files cannot be written right now: {exc.strerror}.", retry_after=5)
+        return Unavailable(f"The folder {self.path.name!r} cannot be written right now: {exc.strerror}.", retry_after=5)
 
     def remove(self, names: Collection[str]) -> None:
         """Remove blobs; those that are gone already are fine, others are left to the next sweep."""

@@ -28,6 +28,8 @@ from vllm_bootstrap.errors import ApiError
 from vllm_bootstrap.gateway import bodies as json_bodies
 
 COMPLETIONS, EMBEDDINGS = "/v1/completions", "/v1/embeddings"
+MOST_BYTES = 128 * 1024
+"""Longest bodies that travel together: a longer request could not be taken back for realtime (``REPLAYED_BYTES``)."""
 
 _PROMPT_FIELD = {COMPLETIONS: "prompt", EMBEDDINGS: "input"}
 _LIST_FIELD = {COMPLETIONS: "choices", EMBEDDINGS: "data"}

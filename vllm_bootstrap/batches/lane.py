@@ -266,7 +266,7 @@ class Lane:
             other = job.source.take()
             if other is None:
                 break
-            if other.alone or other.deaths or outcomes.plan(other) != plan:
+            if not outcomes.joins(other, jobs, plan):
                 job.source.returned(other)
                 break
             jobs.append(other)

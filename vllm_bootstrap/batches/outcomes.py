@@ -40,6 +40,13 @@ def plan(job: Job) -> joining.Plan | None:
         return None
 
 
+def joins(other: Job, jobs: Sequence[Job], wanted: joining.Plan) -> bool:
+    """Whether one more may travel with ``jobs``, which are of the plan ``wanted``."""
+    if other.alone or other.deaths or len(other.body) + sum(len(job.body) for job in jobs) > joining.MOST_BYTES:
+        return False
+    return plan(other) == wanted
+
+
 def answers(jobs: Sequence[Job], outcome: Outcome) -> list[Outcome] | None:
     """The answer to a joined request as one to each job, None when it does not come apart."""
     if outcome.status != 200:

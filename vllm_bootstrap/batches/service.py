@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from vllm_bootstrap.batches import acceptance, reading
+from vllm_bootstrap.batches.blobs import Folder
 from vllm_bootstrap.batches.jobs import TERMINAL, Event
 from vllm_bootstrap.batches.run import Run
 from vllm_bootstrap.batches.run_deps import RunDeps
@@ -55,7 +56,7 @@ class BatchService:
         self._waiting: dict[str, BatchRow] = {}
         self._watchers: dict[str, set[asyncio.Event]] = {}
         self._accepting = asyncio.Lock()
-        self._inputs = acceptance.Inputs()
+        self._folder = Folder(deps.folder, reserve_bytes=0)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._idle_since: dict[str, float] = {}
         self._aside: dict[str, tuple[int, str]] = {}  # how often it gave its place away, and why it stood still
@@ -79,6 +80,7 @@ class BatchService:
             await asyncio.gather(self._looking, return_exceptions=True)
         await asyncio.gather(*(run.close() for run in self._runs.values()))
         self._runs.clear()
+        self._folder.close()
 
     @property
     def unfinished(self) -> int:
@@ -122,7 +124,7 @@ class BatchService:
                 if before is None:
                     raise TooManyRequests(f"{most} batches have not ended yet: wait for some.", retry_after=60)
                 return await self.get(before.result_id, None)
-            await asyncio.to_thread(self._inputs.link, blob, self._deps.input(row.id))
+            await asyncio.to_thread(acceptance.take, self._folder, blob, self._deps.input(row.id))
             try:
                 created = await store.create(row, creation)
             except StorageFailed:  # nobody knows whether the row is there: the next start looks

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.aio import eventually, run
-from vllm_bootstrap.batches import acceptance, line_source, records
+from vllm_bootstrap.batches import line_source, records
 from vllm_bootstrap.batches.line_source import LineSource
 from vllm_bootstrap.batches.linestore import Totals
 from vllm_bootstrap.batches.records import Recorder
 from vllm_bootstrap.batches.types import NO_COUNTS, NO_USAGE, Line, Record
 from vllm_bootstrap.batches.work import Answered
-from vllm_bootstrap.errors import NotFound, StorageFailed, StorageFull
+from vllm_bootstrap.errors import StorageFailed, StorageFull
 
 TOTALS = Totals(NO_COUNTS, NO_USAGE, 0)
 
@@ -214,18 +211,3 @@ def test_lines_are_read_ahead_and_what_cannot_be_read_is_said(monkeypatch: pytes
         source.close()
 
     run(go())
-
-
-@pytest.mark.parametrize(
-    ("number", "error"),
-    [(errno.ENOSPC, StorageFull), (errno.EMLINK, StorageFull), (errno.EIO, StorageFailed), (errno.ENOENT, NotFound)],
-)
-def test_an_input_that_cannot_be_linked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception]
-) -> None:
-    def fails(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "link", fails)
-    with pytest.raises(error):
-        acceptance.Inputs().link(tmp_path / "a", tmp_path / "b")
