@@ -1,7 +1,8 @@
 #!/bin/sh
 # Makes a virtual environment with pip, using a Python that is new enough.
 # Usage: make_venv.sh DIRECTORY [PYTHON]
-# An environment that is already there and works is kept. Works without Debian's python3-venv too (through pip --python).
+# An environment that is already there and works is kept. Works with a Python that has pip but not the module venv, as
+# some base images have (what venv makes is a link, a folder and a file), and without Debian's python3-venv.
 set -eu
 target=$1
 wanted=${2:-}
@@ -28,7 +29,25 @@ if new_enough "$target/bin/python"; then
 else
     clear=--clear
 fi
+# What `venv --without-pip` does. $1: the interpreter, $2: the folder.
+make_by_hand() {
+    "$1" - "$2" <<'END'
+import os, shutil, sys
+folder = sys.argv[1]
+base = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+packages = os.path.join(folder, "lib", "python%d.%d" % sys.version_info[:2], "site-packages")
+shutil.rmtree(folder, ignore_errors=True)
+os.makedirs(os.path.join(folder, "bin"))
+os.makedirs(packages)
+os.symlink(base, os.path.join(folder, "bin", "python"))
+os.symlink("python", os.path.join(folder, "bin", "python3"))
+with open(os.path.join(folder, "pyvenv.cfg"), "w") as file:
+    file.write("home = %s\ninclude-system-site-packages = false\n" % os.path.dirname(base))
+END
+}
+
+# shellcheck disable=SC2086  # $clear is one word or none
 if ! "$python" -m venv $clear "$target" >/dev/null 2>&1; then
-    "$python" -m venv --without-pip $clear "$target"
+    "$python" -m venv --without-pip $clear "$target" 2>/dev/null || make_by_hand "$python" "$target"
     "$python" -m pip --python "$target/bin/python" install -q pip
 fi
