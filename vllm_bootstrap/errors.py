@@ -9,14 +9,17 @@ The tree::
     ├── BadRequest 400 bad_request          ├── Conflict 409 conflict
     │   ├── InvalidJson   invalid_json      │   ├── GpuConflict     gpu_conflict
     │   ├── UnknownField  unknown_field     │   ├── LaunchNotReady  launch_not_ready
-    │   └── NotBuilt      not_built         │   └── Cancelled       cancelled
+    │   ├── NotBuilt      not_built         │   ├── SleepFailed, WakeFailed sleep_failed, wake_failed
+    │   ├── DoesNotFit    does_not_fit      │   ├── NotEnoughMemory not_enough_memory
+    │   └── AdapterRefused adapter_refused  │   └── Cancelled       cancelled
     ├── Unauthorized 401 invalid_api_key    ├── OffsetOutOfRange 416 offset_out_of_range
     ├── Forbidden 403 insufficient_scope    ├── TooManyRequests 429 rate_limit_exceeded
     │   └── ForbiddenOrigin forbidden_origin│   ├── ConcurrencyLimit concurrency_limit
     ├── NotFound 404 not_found              │   └── QueueFull        queue_full
     │   └── ModelNotFound model_not_found   ├── Unavailable 503 overloaded
     ├── MethodNotAllowed 405                │   ├── ModelLoading  model_loading
-    ├── RequestTimeout 408                  │   ├── Draining      draining
+    ├── RequestTimeout 408                  │   ├── ModelFailed   model_failed
+    │                                       │   ├── Draining      draining
     ├── PayloadTooLarge 413                 │   ├── GpuUnknown    gpu_unknown
     ├── UnsupportedMediaType 415            │   ├── NoFreePort    no_free_port
     ├── HeadersTooLarge 431                 │   └── StorageFailed storage_failed
@@ -109,6 +112,19 @@ class NotBuilt(BadRequest):
     code = "not_built"
 
 
+class DoesNotFit(BadRequest):
+    """The model needs more memory than the launch may use, whatever the estimate's error. ``details``: ``fit`` (the
+    figures) and ``suggestions`` (what would fit)."""
+
+    code = "does_not_fit"
+
+
+class AdapterRefused(BadRequest):
+    """An uploaded adapter that cannot be served, or that would be dangerous to load."""
+
+    code = "adapter_refused"
+
+
 class Unauthorized(ApiError):
     """Missing, wrong, expired and disabled keys all get this same body."""
 
@@ -162,6 +178,24 @@ class GpuConflict(Conflict):
 
 class LaunchNotReady(Conflict):
     code = "launch_not_ready"
+
+
+class SleepFailed(Conflict):
+    """The launch did not fall asleep, or may not: it serves as before. To have its GPUs, stop it."""
+
+    code = "sleep_failed"
+
+
+class WakeFailed(Conflict):
+    """The launch did not wake: it has failed and ends, or its GPUs are locked and it sleeps on."""
+
+    code = "wake_failed"
+
+
+class NotEnoughMemory(Conflict):
+    """A prefetch of files that are larger than the memory that may be used for them. ``details`` has the numbers."""
+
+    code = "not_enough_memory"
 
 
 class Cancelled(Conflict):
@@ -222,6 +256,12 @@ class Unavailable(ApiError):
 
 class ModelLoading(Unavailable):
     code = "model_loading"
+
+
+class ModelFailed(Unavailable):
+    """A model that was to be loaded for a request could not be: ``details["failure"]`` has its class and hint."""
+
+    code = "model_failed"
 
 
 class Draining(Unavailable):

@@ -8,7 +8,8 @@ Invariants (a hypothesis machine checks them):
 * realtime goes before batch; within a class keys take turns (``queues``), within a key priority and then arrival
   decide. Whose turn it is on a launch is waited for when it needs more slots than are free: nobody passes, so big
   requests cannot starve. The one exception is the batch floor: see (c);
-* nothing waits for a launch that cannot be routed to: such requests are rejected when that becomes known.
+* nothing waits for a launch that cannot be routed to: such requests are rejected when that becomes known. For a model
+  that may be loaded on demand requests do wait without any launch, until one serves it or ``refuse`` ends them.
 
 The launch is chosen when a place is granted, least outstanding sequences first. A request for one launch (or group) is
 pinned to it and still counts in its model's queue.
@@ -17,12 +18,15 @@ Every arriving request meets exactly one of these:
 
 1. the daemon drains                                      -> Draining
 2. nothing known by that name or id (or not for this key) -> ModelNotFound / NotFound / LaunchNotReady (ended)
-3. known, but nothing can be routed to now                -> ModelLoading, Draining, Unavailable / LaunchNotReady
+3. known, but nothing can be routed to now, nor will on   -> ModelLoading, Draining, Unavailable / LaunchNotReady;
+   demand; or its load has just failed                       what ``Prospects`` say
 4. the key's own limits                                   -> ConcurrencyLimit, TooManyRequests; BadRequest if never
-5. a place is free and nobody waits for it before         -> Grant
-6. its turn comes before all that wait                    -> Grant
-7. the model's queue is full                              -> QueueFull, for the youngest batch ones if it is realtime
-8. otherwise it waits
+5. nothing serves it yet (it is asked for now) and the    -> ModelLoading
+   request must not wait for that
+6. a place is free and nobody waits for it before         -> Grant
+7. its turn comes before all that wait                    -> Grant
+8. the model's queue is full                              -> QueueFull, for the youngest batch ones if it is realtime
+9. otherwise it waits
 
 A launch with room asks, whenever something changes:
 
@@ -38,19 +42,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vllm_bootstrap.auth.types import Principal
 from vllm_bootstrap.errors import ApiError
 from vllm_bootstrap.scheduler import refusals
 from vllm_bootstrap.scheduler.budget import Budget, BudgetPolicy
 from vllm_bootstrap.scheduler.capacity import Launch
 from vllm_bootstrap.scheduler.directory import Directory
 from vllm_bootstrap.scheduler.dispatcher import Dispatcher
-from vllm_bootstrap.scheduler.limits import KeyLimits, RateState
-from vllm_bootstrap.scheduler.ports import BatchBudget, BudgetReport, EngineSignals
+from vllm_bootstrap.scheduler.limits import KeyLimits
+from vllm_bootstrap.scheduler.ports import (
+    BatchBudget,
+    EngineSignals,
+    NoProspects,
+    Prospects,
+)
+from vllm_bootstrap.scheduler.questions import Questions
 from vllm_bootstrap.scheduler.queues import Request
 from vllm_bootstrap.scheduler.shelf import QueueBounds
 from vllm_bootstrap.scheduler.tickets import Effect, Grant, Reject, Target, Ticket, Usage
-from vllm_bootstrap.serving import Advert, Instance, LoadReport
+from vllm_bootstrap.serving import Advert, Instance
 
 MAX_QUEUED_BYTES = 256 * 1024 * 1024
 
@@ -60,13 +69,14 @@ def default_budget(slots: int) -> BatchBudget:
     return Budget(BudgetPolicy(), slots)
 
 
-class Admission:
+class Admission(Questions):
     """The decisions. Not thread-safe: one owner calls it, in the order things happen, and after each call carries out
     ``take_effects()``, also when the call raised.
 
     ``max_queued`` requests may wait for one served model, their bodies having ``max_queued_bytes`` together.
     ``ended(id)`` tells whether an id that is no longer (or not yet again) announced belongs to a launch that has ended,
-    so that it is not called unknown. ``budget(slots)`` makes the batch budget of a launch.
+    so that it is not called unknown. ``budget(slots)`` makes the batch budget of a launch. ``prospects`` tell what is
+    loaded when it is asked for.
     """
 
     def __init__(
@@ -76,11 +86,13 @@ class Admission:
         max_queued_bytes: int = MAX_QUEUED_BYTES,
         ended: Callable[[str], bool] = lambda _id: False,
         budget: Callable[[int], BatchBudget] = default_budget,
+        prospects: Prospects | None = None,
     ) -> None:
         self.limits = KeyLimits()
+        self._prospects = prospects or NoProspects()
         self._bounds = QueueBounds(max_queued, max_queued_bytes)
         self._budget = budget
-        self._directory = Directory(ended)
+        self._directory = Directory(ended, self._prospects)
         self._dispatcher = Dispatcher()
         self.outcome = self._dispatcher.outcome
         self._requests: dict[int, Request] = {}
@@ -132,6 +144,30 @@ class Admission:
             launch.ejected = False
             self._regroup(now)
 
+    def retire(self, launch_id: str, now: float) -> None:
+        """It is to be put away: nothing new goes there, what runs may finish. Idempotent; ends with ``restore`` or when
+        its engine goes."""
+        self._set_retired(launch_id, now, retired=True)
+
+    def restore(self, launch_id: str, now: float) -> None:
+        """It is needed after all. Idempotent."""
+        self._set_retired(launch_id, now, retired=False)
+
+    def _set_retired(self, launch_id: str, now: float, *, retired: bool) -> None:
+        launch = self._directory.launches.get(launch_id)
+        if launch is not None and launch.retired is not retired:
+            launch.retired = retired
+            self._regroup(now)
+
+    def refuse(self, name: str, error: ApiError, now: float) -> None:
+        """What waits for a model that nothing serves will not get it: its load has failed."""
+        for request in self._directory.cold(name):
+            self._reject(request, error, now)
+
+    def prospects_changed(self, now: float) -> None:
+        """Other models than before may be loaded on demand."""
+        self._regroup(now)
+
     def signals(self, launch_id: str, signals: EngineSignals, now: float) -> None:
         """What a launch's engine says of itself."""
         launch = self._directory.launches.get(launch_id)
@@ -161,31 +197,41 @@ class Admission:
 
     # What requests ask
 
-    def request(self, request_id: int, target: Target, ticket: Ticket, now: float) -> Grant | None:
-        """A new request; ids are unique and increasing. Grant, or None: it waits. Raises the refusal (1-4, 7)."""
+    def request(
+        self, request_id: int, target: Target, ticket: Ticket, now: float, *, may_be_held: bool = True
+    ) -> Grant | None:
+        """A new request; ids are unique and increasing. Grant, or None: it waits. ``may_be_held``: also for a model
+        that must be loaded first. Raises the refusal (1-5, 8)."""
         if self._draining:  # 1
             raise refusals.draining()
         principal = ticket.principal
         lane = self._directory.lane(target, principal)  # 2, 3
         if principal is not None:  # 4
             self.limits.check(principal, ticket, now)
+        if not lane.launches:  # 5
+            self._ask_for(lane.shelf.name, ticket, may_be_held=may_be_held)
         request = Request(request_id, target, ticket, lane, now)
         if ticket.cls == "realtime":
             for one in lane.launches:
                 one.budget.realtime_arrived(now)
         launch = self._dispatcher.free_launch(request, now)
         grant: Grant | None
-        if launch is not None:  # 5
+        if launch is not None:  # 6
             grant = self._dispatcher.start(request, launch, now)
         else:
-            grant = self._dispatcher.queue(request, now)  # 6
+            grant = self._dispatcher.queue(request, now)  # 7
             if grant is None:
-                self._keep_bounds(request, now)  # 7
-                self._make_room(request)  # 8
+                self._keep_bounds(request, now)  # 8
+                self._make_room(request)  # 9
         if principal is not None:
             request.charge = self.limits.enter(principal, ticket, now)
         self._requests[request_id] = request
         return grant
+
+    def _ask_for(self, name: str, ticket: Ticket, *, may_be_held: bool) -> None:
+        self._prospects.asked(name, ticket.cls, comes_back=not may_be_held)
+        if not may_be_held:
+            raise refusals.loading(name, self._prospects)
 
     def began(self, request_id: int, now: float, *, streamed: bool) -> None:
         """The answer of a granted request has begun. Idempotent."""
@@ -264,45 +310,14 @@ class Admission:
         request = self._requests.get(request_id)
         if request is None or request.launch is not None:
             return
-        waited = request.waited + now - request.since
-        self._reject(request, refusals.expired(request.lane.shelf, request.ticket.cls, waited, now), now)
+        waited, shelf = request.waited + now - request.since, request.lane.shelf
+        if request.lane.launches:
+            error = refusals.expired(shelf, request.ticket.cls, waited, now)
+        else:
+            self._prospects.asked(shelf.name, request.ticket.cls, comes_back=True)
+            error = refusals.loading(shelf.name, self._prospects, waited)
+        self._reject(request, error, now)
         self._dispatcher.pump(request.lane.launches, now)
-
-    # Questions
-
-    def instance(self, target: Target, principal: Principal | None) -> Instance:
-        """The launch a request that needs no slot goes to. Raises as ``request`` does in cases 2 and 3."""
-        launches = self._directory.lane(target, principal).launches
-        launch = min(launches, key=lambda one: one.busyness) if len(launches) > 1 else launches[0]
-        assert launch.instance is not None  # noqa: S101 - what a lane's launches mean
-        return launch.instance
-
-    def adverts(self) -> list[Advert]:
-        return [launch.advert for launch in self._directory.launches.values()]
-
-    def serves(self, model: str) -> bool:
-        """Whether that is a name under which requests are counted."""
-        return self._directory.shelf(model) is not None
-
-    def model_of(self, request_id: int) -> str:
-        """The served model a request counts under."""
-        return self._requests[request_id].lane.shelf.name
-
-    def load(self, launch_id: str) -> LoadReport:
-        """In flight on one launch; queued for it by id or under any model name it serves."""
-        return self._directory.load(launch_id)
-
-    def queues(self) -> dict[str, LoadReport]:
-        """Running and waiting by served model, for all models that are announced."""
-        return self._directory.queues()
-
-    def budgets(self, now: float) -> dict[str, BudgetReport]:
-        """The batch budgets of the launches that can be routed to."""
-        launches = self._directory.launches.items()
-        return {key: launch.budget.report(now) for key, launch in launches if launch.instance is not None}
-
-    def rate(self, principal: Principal, now: float) -> RateState | None:
-        return self.limits.rate(principal, now)
 
     # Ends
 
@@ -317,7 +332,7 @@ class Admission:
                 self._dispatcher.make_room(lane.launches)
 
     def _keep_bounds(self, request: Request, now: float) -> None:
-        """Case 7 for a request that has begun to wait: somebody goes when that is one too many."""
+        """Case 8 for a request that has begun to wait: somebody goes when that is one too many."""
         shelf, bounds = request.lane.shelf, self._bounds
         if not shelf.over(bounds):
             return
@@ -330,7 +345,7 @@ class Admission:
             self._dispatcher.pump(youngest.lane.launches, now)
 
     def _make_room(self, request: Request) -> None:
-        """Case 8 for realtime: rule (d), unless it has got a place meanwhile."""
+        """Case 9 for realtime: rule (d), unless it has got a place meanwhile."""
         if request.ticket.cls == "realtime" and request.queued:
             self._dispatcher.make_room(request.lane.launches)
 

@@ -30,10 +30,13 @@ Find = Callable[[RequestClass, str, "Launch"], Request | None]
 
 class Launch:
     """A launch as last announced, with what runs there and how many wait for it. ``wanted`` is the slots that waiting
-    realtime requests need, ``returning`` the slots of requests that were taken back and have not let go yet."""
+    realtime requests need, ``returning`` the slots of requests that were taken back and have not let go yet.
+    ``ejected``: it cannot be connected to; ``retired``: it is to be put away when nothing runs there any more.
+    ``ended_at``: when a request of a class ended there last."""
 
     def __init__(self, advert: Advert, budget: Callable[[int], BatchBudget], find: Find) -> None:
-        self.ejected = False
+        self.ejected = self.retired = False
+        self.ended_at: dict[RequestClass, float] = {}
         self.sequences = self.batch = self.returning = self.wanted = self.last_grant = 0
         self.in_flight: dict[RequestClass, int] = dict.fromkeys(CLASSES, 0)
         self.waiting: dict[RequestClass, int] = dict.fromkeys(CLASSES, 0)
@@ -54,7 +57,7 @@ class Launch:
     @property
     def instance(self) -> Instance | None:
         """Where new requests go; None: nowhere, now."""
-        return None if self.ejected else self.advert.instance
+        return None if self.ejected or self.retired else self.advert.instance
 
     @property
     def free(self) -> int:
@@ -67,11 +70,11 @@ class Launch:
 
     def say(self, advert: Advert) -> bool:
         """It announced itself: whether that changes what it may serve. Another engine than before, or none, ends an
-        ejection."""
+        ejection and a retirement."""
         before, self.advert = self.advert, advert
         instance = advert.instance
         if instance is None or before.instance is None or instance.endpoint != before.instance.endpoint:
-            self.ejected = False
+            self.ejected = self.retired = False
         if (instance, advert.served_names, advert.group_id) == (before.instance, before.served_names, before.group_id):
             return False
         self._learn(instance)
@@ -190,6 +193,7 @@ class Launch:
         cls, cost = request.ticket.cls, request.cost
         self.sequences -= cost
         self.in_flight[cls] -= 1
+        self.ended_at[cls] = now
         if cls == "realtime":
             self.budget.realtime_ended(cost, now)
         else:

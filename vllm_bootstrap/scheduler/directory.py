@@ -2,7 +2,8 @@
 
 Invariant: a lane holds at any moment exactly the launches that may serve its requests now; it exists while somebody
 waits in it or until the next change of a launch. Who may serve it depends on what it is for: the target, and the
-models that the key may use. Nothing here knows who waits in which order, or slots.
+models that the key may use. A lane without launches exists only for a model that may be loaded on demand (see
+``Prospects``). Nothing here knows who waits in which order, or slots.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from vllm_bootstrap.auth.types import Principal
 from vllm_bootstrap.errors import ApiError
 from vllm_bootstrap.scheduler import refusals
 from vllm_bootstrap.scheduler.capacity import Launch
+from vllm_bootstrap.scheduler.ports import Demand, Prospects
 from vllm_bootstrap.scheduler.queues import CLASSES, Lane, Request
 from vllm_bootstrap.scheduler.shelf import Shelf
 from vllm_bootstrap.scheduler.tickets import ByLaunch, ByModel, Target
@@ -21,28 +23,55 @@ from vllm_bootstrap.serving import Advert, LoadReport
 
 
 class Directory:
-    """The launches by id, and what is looked up among them. ``ended(id)``: see ``Admission``."""
+    """The launches by id, and what is looked up among them. ``ended(id)`` and ``prospects``: see ``Admission``."""
 
-    def __init__(self, ended: Callable[[str], bool]) -> None:
+    def __init__(self, ended: Callable[[str], bool], prospects: Prospects) -> None:
         self.launches: dict[str, Launch] = {}
-        self._ended = ended
+        self._ended, self._prospects = ended, prospects
         self._lanes: dict[tuple[Target, tuple[str, ...] | None], Lane] = {}
         self._shelves: dict[str, Shelf] = {}
 
     def lane(self, target: Target, principal: Principal | None) -> Lane:
-        """Where requests of such a key to such a target belong. Raises the refusal when nobody may serve them now."""
+        """Where requests of such a key to such a target belong. Raises the refusal when nobody may serve them now, nor
+        will on demand."""
         globs = None if principal is None else principal.models
         lane = self._lanes.get((target, globs))
-        if lane is None:
-            launches = self._pool(target, principal)
-            if not launches:
-                raise self.refusal(target, principal)
-            name = target.name if isinstance(target, ByModel) else _first_name(launches[0].advert)
-            lane = self._lanes[target, globs] = Lane(target, principal, launches, self._shelves[name])
+        if lane is not None and lane.launches:
+            return lane
+        launches = self._pool(target, principal) if lane is None else ()
+        if not launches:
+            return self._cold_lane(target, principal, lane)
+        name = target.name if isinstance(target, ByModel) else _first_name(launches[0].advert)
+        lane = self._lanes[target, globs] = Lane(target, principal, launches, self._shelves[name])
         return lane
+
+    def _cold_lane(self, target: Target, principal: Principal | None, lane: Lane | None) -> Lane:
+        """The lane of a model that nothing serves now. Raises the refusal when nobody will."""
+        if not isinstance(target, ByModel) or not self._hoped_for(target, principal):
+            raise self.refusal(target, principal)
+        refusal = self._prospects.refusal(target.name)
+        if refusal is not None:
+            raise refusal
+        if lane is None:
+            shelf = self._shelves.get(target.name) or self._shelves.setdefault(target.name, Shelf(target.name))
+            globs = None if principal is None else principal.models
+            lane = self._lanes[target, globs] = Lane(target, principal, (), shelf)
+        return lane
+
+    def _hoped_for(self, target: Target, principal: Principal | None) -> bool:
+        """Whether what such a request needs may be loaded, and its key may use that. A launch that runs and merely
+        lacks the route would lack it after a load, too."""
+        if not isinstance(target, ByModel):
+            return False
+        base = self._prospects.base_of(target.name)
+        if base is None or not (principal is None or principal.may_use(target.name, base)):
+            return False
+        return all(one.instance is None for one in self.launches.values() if one.answers_to(target))
 
     def refusal(self, target: Target, principal: Principal | None) -> ApiError:
         """Why nobody may serve such a request now."""
+        if isinstance(target, ByModel) and self._hoped_for(target, principal):
+            return refusals.loading(target.name, self._prospects)
         known = [launch for launch in self.launches.values() if launch.answers_to(target)]
         visible = [_as_routed(launch) for launch in known if _may_see(target, principal, launch.advert)]
         if isinstance(target, ByLaunch):
@@ -57,7 +86,8 @@ class Directory:
         stranded: list[Request] = []
         for key, lane in list(self._lanes.items()):
             lane.launches = self._pool(lane.target, lane.principal)
-            if not lane.launches or not any(lane.waiting.values()):
+            waits = any(lane.waiting.values())
+            if not waits or not (lane.launches or self._hoped_for(lane.target, lane.principal)):
                 stranded += lane
                 del self._lanes[key]
             else:
@@ -92,9 +122,24 @@ class Directory:
         return LoadReport(dict(launch.in_flight.items()), queued)
 
     def queues(self) -> dict[str, LoadReport]:
-        """Running and waiting by served model, for all models that are announced."""
-        announced = {name for launch in self.launches.values() for name in launch.advert.served_names}
-        return {name: self._shelves[name].report() for name in sorted(announced)}
+        """Running and waiting by served model, for all models that are announced or waited for."""
+        named = {name for launch in self.launches.values() for name in launch.advert.served_names}
+        named |= {name for name, shelf in self._shelves.items() if shelf.depth}
+        return {name: self._shelves[name].report() for name in sorted(named)}
+
+    def demand(self) -> dict[str, Demand]:
+        """Who waits by model name, of those who wait for a model and not for one launch."""
+        found: dict[str, Demand] = {}
+        for lane in self._lanes.values():
+            if isinstance(lane.target, ByModel) and any(lane.waiting.values()):
+                name = lane.target.name
+                found[name] = _added(found.get(name), lane)
+        return found
+
+    def cold(self, name: str) -> list[Request]:
+        """Those who wait for a model that nothing serves."""
+        lanes = [lane for lane in self._lanes.values() if isinstance(lane.target, ByModel) and not lane.launches]
+        return [request for lane in lanes if lane.target[0] == name for request in lane]
 
     def _pool(self, target: Target, principal: Principal | None) -> tuple[Launch, ...]:
         return tuple(
@@ -112,13 +157,38 @@ class Directory:
                 del self._shelves[name]
 
 
+def _added(known: Demand | None, lane: Lane) -> Demand:
+    since: dict[str, float | None] = dict.fromkeys(CLASSES)
+    for request in lane:
+        began, before = request.since - request.waited, since[request.ticket.cls]
+        since[request.ticket.cls] = began if before is None else min(before, began)
+    fresh = Demand(
+        lane.waiting["realtime"], lane.waiting["batch"], since["realtime"], since["batch"], bool(lane.launches)
+    )
+    if known is None:
+        return fresh
+    return Demand(
+        known.realtime + fresh.realtime,
+        known.batch + fresh.batch,
+        _earlier(known.since, fresh.since),
+        _earlier(known.batch_since, fresh.batch_since),
+        known.served or fresh.served,
+    )
+
+
+def _earlier(one: float | None, other: float | None) -> float | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return min(one, other)
+
+
 def _first_name(advert: Advert) -> str:
     return next(iter(advert.served_names), advert.launch_id)
 
 
 def _as_routed(launch: Launch) -> Advert:
-    """Its advert, where one that is ejected looks like one that does not respond."""
-    return replace(launch.advert, instance=None) if launch.ejected else launch.advert
+    """Its advert, where one that is ejected or retired looks like one that does not respond."""
+    return replace(launch.advert, instance=None) if launch.ejected or launch.retired else launch.advert
 
 
 def _may_see(target: Target, principal: Principal | None, advert: Advert) -> bool:

@@ -146,6 +146,8 @@ class Dispatcher:
 
     def make_room(self, launches: Sequence[Launch]) -> None:
         """Revoke as much as the realtime requests that wait for any of ``launches`` need and is not coming anyway."""
+        if not launches:
+            return
         wanted = max(one.wanted for one in launches)
         short = wanted - sum(one.free + one.returning for one in launches) if wanted else 0
         while short > 0:

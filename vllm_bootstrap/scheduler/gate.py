@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import math
 from asyncio import get_running_loop
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import monotonic
 
 from vllm_bootstrap.auth.types import Principal
@@ -21,7 +21,7 @@ from vllm_bootstrap.errors import ApiError
 from vllm_bootstrap.scheduler.admission import MAX_QUEUED_BYTES, Admission, default_budget
 from vllm_bootstrap.scheduler.leases import Lease, Pending
 from vllm_bootstrap.scheduler.limits import RateState
-from vllm_bootstrap.scheduler.ports import BatchBudget, BudgetReport, EngineSignals
+from vllm_bootstrap.scheduler.ports import BatchBudget, BudgetReport, Demand, EngineSignals, Prospects
 from vllm_bootstrap.scheduler.tickets import (
     ByLaunch,
     ByModel,
@@ -33,7 +33,7 @@ from vllm_bootstrap.scheduler.tickets import (
     Usage,
     Watcher,
 )
-from vllm_bootstrap.serving import Advert, Instance, LoadReport
+from vllm_bootstrap.serving import Advert, Instance, LoadReport, RequestClass
 
 __all__ = ["ByLaunch", "ByModel", "Gate", "Lease", "Pending", "Target", "Ticket"]
 
@@ -42,8 +42,9 @@ _SOONEST_TICK_S = 0.002  # so that a budget which is due all the time does not k
 
 class Gate:
     """Queues and slots of all launches. ``max_queued`` requests may wait for one served model, their bodies having
-    ``max_queued_bytes``, each for ``queue_timeout_s`` seconds unless it brings its own deadline. ``ended(id)`` and
-    ``budget(slots)``: see ``Admission``. ``watcher`` hears what happens to each request."""
+    ``max_queued_bytes``, each for ``queue_timeout_s`` seconds unless it brings its own deadline; ``hold_s`` seconds
+    while nothing serves the model. ``ended(id)``, ``budget(slots)`` and ``prospects``: see ``Admission``. ``watcher``
+    hears what happens to each request."""
 
     def __init__(
         self,
@@ -54,10 +55,13 @@ class Gate:
         ended: Callable[[str], bool] = lambda _id: False,
         budget: Callable[[int], BatchBudget] = default_budget,
         watcher: Watcher | None = None,
+        prospects: Prospects | None = None,
+        hold_s: float = 30.0,
     ) -> None:
         self._admission = Admission(
-            max_queued=max_queued, max_queued_bytes=max_queued_bytes, ended=ended, budget=budget
+            max_queued=max_queued, max_queued_bytes=max_queued_bytes, ended=ended, budget=budget, prospects=prospects
         )
+        self._hold_s = hold_s
         self._queue_timeout_s = queue_timeout_s
         self._watcher = watcher
         self._outcome, self._limits = self._admission.outcome, self._admission.limits
@@ -110,6 +114,33 @@ class Gate:
         self._admission.readmit(launch_id, now)
         self._carry_out(now)
 
+    def retire(self, launch_id: str) -> None:
+        """Grant nothing new there; it is to be put away once nothing runs there. Idempotent."""
+        now = monotonic()
+        self._admission.retire(launch_id, now)
+        self._carry_out(now)
+
+    def restore(self, launch_id: str) -> None:
+        """A retired launch is needed after all. Idempotent."""
+        now = monotonic()
+        self._admission.restore(launch_id, now)
+        self._carry_out(now)
+
+    def is_retired(self, launch_id: str) -> bool:
+        return self._admission.is_retired(launch_id)
+
+    def refuse(self, name: str, error: ApiError) -> None:
+        """End what waits for a model that nothing serves."""
+        now = monotonic()
+        self._admission.refuse(name, error, now)
+        self._carry_out(now)
+
+    def prospects_changed(self) -> None:
+        """Other models than before may be loaded on demand: what waits for one that may not is rejected."""
+        now = monotonic()
+        self._admission.prospects_changed(now)
+        self._carry_out(now)
+
     def signals(self, launch_id: str, signals: EngineSignals) -> None:
         """What the engine's metrics say now."""
         now = monotonic()
@@ -124,30 +155,35 @@ class Gate:
 
     # What requests ask
 
-    def request(self, target: Target, ticket: Ticket, deadline: float | None = None) -> Lease | Pending:
+    def request(
+        self, target: Target, ticket: Ticket, deadline: float | None = None, hold_s: float | None = None
+    ) -> Lease | Pending:
         """Ask without a task: a lease at once, or a ``Pending`` whose ``notify`` the caller sets before it returns to
-        the loop. ``deadline`` is in loop time; with infinity it may wait for ever. Raises the refusal (see
+        the loop. ``deadline`` is in loop time; with infinity it may wait for ever. ``hold_s``: so long it may wait
+        while nothing serves its model, instead of the gate's own; 0: not at all. Raises the refusal (see
         ``admission``)."""
         self._last_id = request_id = self._last_id + 1
         now = monotonic()
         try:
-            grant = self._admission.request(request_id, target, ticket, now)
+            grant = self._admission.request(request_id, target, ticket, now, may_be_held=hold_s != 0)
         except ApiError as error:
             known = isinstance(target, ByModel) and self._admission.serves(target.name)
             self._rejected(ticket, target[0] if known else "", error)
             self._carry_out(now)
             raise
         if grant is None:
-            return self._wait(request_id, ticket, deadline, self._queue_timeout_s, now)
+            return self._wait(request_id, ticket, deadline, self._queue_timeout_s, now, hold_s)
         lease = self._lease(grant, ticket, deadline, self._queue_timeout_s)
         if self._outcome.effects or self._outcome.batch_waiting:
             self._carry_out(now)
         return lease
 
-    async def acquire(self, target: Target, ticket: Ticket, deadline: float | None = None) -> Lease:
+    async def acquire(
+        self, target: Target, ticket: Ticket, deadline: float | None = None, hold_s: float | None = None
+    ) -> Lease:
         """Wait for a place. ``deadline`` is in loop time, by default ``queue_timeout_s`` from now. Raises ``ApiError``.
         Cancelling the awaiting task leaves the queue clean."""
-        got = self.request(target, ticket, deadline)
+        got = self.request(target, ticket, deadline, hold_s)
         if isinstance(got, Lease):
             return got
         outcome: asyncio.Future[Lease | ApiError] = get_running_loop().create_future()
@@ -182,6 +218,14 @@ class Gate:
     def queues(self) -> dict[str, LoadReport]:
         """In flight and queued by served model."""
         return self._admission.queues()
+
+    def demand(self) -> dict[str, Demand]:
+        """Who waits by model name, of those who wait for a model and not for one launch. Times are the loop's."""
+        return self._admission.demand()
+
+    def last_ends(self, launch_id: str) -> Mapping[RequestClass, float]:
+        """When a request ended there last (loop time), by class; classes of which none did are left out."""
+        return self._admission.last_ends(launch_id)
 
     def budgets(self) -> dict[str, BudgetReport]:
         """The batch budgets of all routable launches by launch id."""
@@ -227,7 +271,8 @@ class Gate:
             self._carry_out(now)
             raise
         if grant is None:
-            return self._wait(request_id, lease.ticket, lease.deadline, lease.patience_s, now)
+            hold_s = math.inf if lease.deadline == math.inf else None
+            return self._wait(request_id, lease.ticket, lease.deadline, lease.patience_s, now, hold_s)
         following = self._lease(grant, lease.ticket, lease.deadline, lease.patience_s)
         self._carry_out(now)
         return following
@@ -242,6 +287,11 @@ class Gate:
 
     def _expire(self, request_id: int) -> None:
         now = monotonic()
+        pending = self._pending[request_id]
+        held, pending.held = pending.held, False
+        if held and self._admission.is_served(request_id):  # only its hold is over
+            pending.timer = _timer(pending.due, self._expire, request_id)
+            return
         self._admission.expire(request_id, now)
         self._carry_out(now)
 
@@ -267,12 +317,21 @@ class Gate:
         if self._watcher is not None:
             self._watcher.rejected(ticket, model, error)
 
-    def _wait(self, request_id: int, ticket: Ticket, deadline: float | None, patience_s: float, now: float) -> Pending:
+    def _wait(
+        self,
+        request_id: int,
+        ticket: Ticket,
+        deadline: float | None,
+        patience_s: float,
+        now: float,
+        hold_s: float | None = None,
+    ) -> Pending:
         due = now + patience_s if deadline is None else deadline
         pending = Pending(self, request_id, ticket, deadline, due, self._admission.model_of(request_id))
         self._pending[request_id] = pending
-        if due != math.inf:
-            pending.timer = get_running_loop().call_at(due, self._expire, request_id)
+        hold_until = now + (self._hold_s if hold_s is None else hold_s)
+        pending.held = hold_until < due and not self._admission.is_served(request_id)
+        pending.timer = _timer(hold_until if pending.held else due, self._expire, request_id)
         self._carry_out(now)
         return pending
 
@@ -330,3 +389,7 @@ class Gate:
     def _withdrawn(self, launch_id: str) -> None:
         for listener in self._listeners:
             listener(launch_id)
+
+
+def _timer(due: float, callback: Callable[[int], None], request_id: int) -> asyncio.TimerHandle | None:
+    return None if due == math.inf else get_running_loop().call_at(due, callback, request_id)

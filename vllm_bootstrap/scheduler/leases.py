@@ -96,9 +96,10 @@ class Lease:
 
 class Pending:
     """A request that waits for its turn. ``notify`` is called once with a ``Lease`` or the ``ApiError`` that ended
-    it, unless ``cancel`` came first; a lease that was under way when ``cancel`` came is released."""
+    it, unless ``cancel`` came first; a lease that was under way when ``cancel`` came is released. ``held``: its timer
+    ends the time that it may wait for a model to be loaded, not yet the one it may wait at all."""
 
-    __slots__ = ("_gate", "_id", "_over", "deadline", "due", "model", "notify", "ticket", "timer")
+    __slots__ = ("_gate", "_id", "_over", "deadline", "due", "held", "model", "notify", "ticket", "timer")
 
     def __init__(
         self, gate: Desk, request_id: int, ticket: Ticket, deadline: float | None, due: float, model: str
@@ -110,6 +111,7 @@ class Pending:
         self.deadline, self.due = deadline, due
         self.notify: Callable[[Lease | ApiError], None] = lambda _outcome: None
         self.timer: asyncio.TimerHandle | None = None
+        self.held = False
 
     def cancel(self) -> None:
         """Leave the queue, or hand back what was just granted. Idempotent."""

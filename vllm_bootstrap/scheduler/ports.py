@@ -1,13 +1,17 @@
-"""What admission asks of a launch's batch budget, and what the budget is told. PURE.
+"""What admission asks of others: a launch's batch budget, and whoever loads models on demand. PURE.
 
-Invariant: the budget only says how much batch may use; who gets it is admission's to decide, and nothing here starts,
-stops or counts a request twice. All times are seconds of one monotonic clock.
+Invariants: the budget only says how much batch may use; who gets it is admission's to decide, and nothing here starts,
+stops or counts a request twice. Prospects only say what may come; admission decides who waits for it. All times are
+seconds of one monotonic clock.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+from vllm_bootstrap.errors import ApiError
+from vllm_bootstrap.serving import RequestClass
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,3 +97,53 @@ class BatchBudget(Protocol):
         """When to ask again although nothing happens (allowance grows, pacing ends, floor falls due). None: never."""
 
     def report(self, now: float) -> BudgetReport: ...
+
+
+class Demand(NamedTuple):
+    """Who waits under one model's name. ``since``: when the realtime request began to wait that has waited longest,
+    None when none does; ``batch_since`` likewise. ``served``: some launch may serve them now."""
+
+    realtime: int
+    batch: int
+    since: float | None
+    batch_since: float | None
+    served: bool
+
+
+class Prospects(Protocol):
+    """What may be loaded when it is asked for. No method raises or blocks."""
+
+    def base_of(self, name: str) -> str | None:
+        """The base model that would be loaded for this served name; None: nothing would."""
+
+    def refusal(self, name: str) -> ApiError | None:
+        """Why a request for it must not wait (its last load has just failed), None when it may."""
+
+    def asked(self, name: str, cls: RequestClass, *, comes_back: bool) -> None:
+        """A request for it has come while nothing serves it. ``comes_back``: it does not wait, or not any longer; it
+        was told to come again later."""
+
+    def ready_in_s(self, name: str) -> float | None:
+        """When it will probably be ready, None where nothing is known."""
+
+    def waits_for(self, name: str) -> str | None:
+        """What its load waits for, in words that complete "it is not loaded yet: ", None while it is being loaded."""
+
+
+class NoProspects:
+    """Nothing is ever loaded on demand."""
+
+    def base_of(self, name: str) -> str | None:  # noqa: ARG002 - the interface's
+        return None
+
+    def refusal(self, name: str) -> ApiError | None:  # noqa: ARG002 - the interface's
+        return None
+
+    def asked(self, name: str, cls: RequestClass, *, comes_back: bool) -> None:
+        """Nobody cares."""
+
+    def ready_in_s(self, name: str) -> float | None:  # noqa: ARG002 - the interface's
+        return None
+
+    def waits_for(self, name: str) -> str | None:  # noqa: ARG002 - the interface's
+        return None

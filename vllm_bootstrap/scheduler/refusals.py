@@ -17,6 +17,7 @@ from vllm_bootstrap.errors import (
     Unavailable,
 )
 from vllm_bootstrap.scheduler.pace import DEFAULT_RETRY_S
+from vllm_bootstrap.scheduler.ports import Prospects
 from vllm_bootstrap.scheduler.shelf import QueueBounds, Shelf
 from vllm_bootstrap.scheduler.tickets import ByLaunch, ByModel, Ticket
 from vllm_bootstrap.serving import Advert, RequestClass
@@ -31,7 +32,7 @@ def draining() -> ApiError:
 
 
 def queue_full(shelf: Shelf, ticket: Ticket, bounds: QueueBounds, now: float) -> ApiError:
-    """Case 7: nothing is free and no more may wait. ``shelf`` as it is without the request."""
+    """Case 8: nothing is free and no more may wait. ``shelf`` as it is without the request."""
     wait = shelf.clears_in(ticket.cls, now)
     if shelf.depth >= bounds.requests:
         return QueueFull(
@@ -48,7 +49,7 @@ def queue_full(shelf: Shelf, ticket: Ticket, bounds: QueueBounds, now: float) ->
 
 
 def displaced(shelf: Shelf, now: float) -> ApiError:
-    """Case 7, for a batch request that waited: a realtime request needs its place in the queue."""
+    """Case 8, for a batch request that waited: a realtime request needs its place in the queue."""
     return QueueFull(
         f"The queue of {shelf.name!r} is full, and realtime requests come before batch: this one has lost its place in "
         "it. Send it later",
@@ -79,9 +80,20 @@ def model_refusal(target: ByModel, adverts: list[Advert]) -> ApiError:
     states = {advert.state for advert in alive}
     if "bootstrapping" in states:
         return ModelLoading(f"The model {target.name!r} is loading", retry_after=wait)
+    if states & {"falling_asleep", "asleep", "waking"}:
+        return ModelLoading(f"The model {target.name!r} sleeps or is waking", retry_after=wait)
     if "ready" in states:
         return Unavailable(f"The engine of {target.name!r} does not respond at present", retry_after=wait)
     return Draining(f"The model {target.name!r} is being stopped", retry_after=wait)
+
+
+def loading(name: str, prospects: Prospects, held_s: float | None = None) -> ApiError:
+    """Case 5 for a model that is loaded on demand: it is not there yet. ``held_s``: so long the request has waited."""
+    obstacle, ready_in_s = prospects.waits_for(name), prospects.ready_in_s(name)
+    said = "is being loaded" if obstacle is None else f"is not loaded yet: {obstacle}"
+    held = "" if held_s is None else f". This request was held for {held_s:.0f} s"
+    wait = DEFAULT_RETRY_S if ready_in_s is None else ready_in_s
+    return ModelLoading(f"The model {name!r} {said}{held}. Send it again later", retry_after=wait)
 
 
 def launch_refusal(target: ByLaunch, adverts: list[Advert], *, ended: bool) -> ApiError:
@@ -95,4 +107,5 @@ def launch_refusal(target: ByLaunch, adverts: list[Advert], *, ended: bool) -> A
     wait = DEFAULT_RETRY_S if advert.retry_after_s is None else advert.retry_after_s
     if advert.state == "ready":
         return Unavailable(f"The engine of launch {target.id} does not respond at present", retry_after=wait)
-    return LaunchNotReady(f"The launch {target.id} is {advert.state}", retry_after=wait, should_retry=True)
+    state = advert.state.replace("_", " ")
+    return LaunchNotReady(f"The launch {target.id} is {state}", retry_after=wait, should_retry=state != "asleep")

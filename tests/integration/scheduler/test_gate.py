@@ -13,10 +13,19 @@ import pytest
 from tests.support.aio import eventually, run
 from tests.support.budgets import HandBudget
 from vllm_bootstrap.auth.types import Principal
-from vllm_bootstrap.errors import ApiError, ConcurrencyLimit, Draining, LaunchNotReady, QueueFull, Unavailable
+from vllm_bootstrap.errors import (
+    ApiError,
+    ConcurrencyLimit,
+    Draining,
+    LaunchNotReady,
+    ModelFailed,
+    ModelLoading,
+    QueueFull,
+    Unavailable,
+)
 from vllm_bootstrap.scheduler import gate as gate_module
 from vllm_bootstrap.scheduler.gate import ByLaunch, ByModel, Gate, Lease, Pending, Ticket
-from vllm_bootstrap.scheduler.ports import EngineSignals
+from vllm_bootstrap.scheduler.ports import EngineSignals, NoProspects
 from vllm_bootstrap.scheduler.tickets import Grant, Usage, Watcher
 from vllm_bootstrap.serving import Advert, Endpoint, Instance
 
@@ -605,6 +614,88 @@ def test_ten_thousand_may_wait_and_all_get_their_turn() -> None:
             assert isinstance(lease, Lease)
             lease.release()
         await eventually(lambda: done == 10_000, 30)
+        assert at_rest(gate)
+
+    run(main())
+
+
+class _Loadable(NoProspects):
+    """``m`` may be loaded."""
+
+    def base_of(self, name: str) -> str | None:
+        return "base" if name == "m" else None
+
+
+def test_a_cold_model_holds_its_requests_for_a_while() -> None:
+    async def main() -> None:
+        gate = Gate(prospects=_Loadable(), hold_s=0.05)
+        with pytest.raises(ModelLoading, match="held for"):
+            await gate.acquire(MODEL, ME)
+        with pytest.raises(ModelLoading):
+            await gate.acquire(MODEL, ME, hold_s=0.02)
+        with pytest.raises(ModelLoading):
+            gate.request(MODEL, ME, hold_s=0)
+        assert at_rest(gate)
+
+    run(main())
+
+
+def test_after_its_hold_a_request_whose_model_was_loaded_waits_for_its_turn() -> None:
+    async def main() -> None:
+        gate = Gate(prospects=_Loadable(), hold_s=0.05, queue_timeout_s=30)
+        asked = [asyncio.create_task(gate.acquire(MODEL, ME)) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert gate.demand()["m"].realtime == 2
+        gate.update(advert(slots=1))
+        first = await asked[0]
+        await asyncio.sleep(0.1)  # the hold of the second is over now: it must not end it
+        assert not asked[1].done()
+        first.release()
+        (await asked[1]).release()
+        assert gate.last_ends("a").keys() == {"realtime"}
+        assert at_rest(gate)
+
+    run(main())
+
+
+def test_with_infinity_a_request_waits_for_a_load_as_long_as_it_takes() -> None:
+    async def main() -> None:
+        gate = Gate(prospects=_Loadable(), hold_s=0.01)
+        pending = gate.request(MODEL, BULK, math.inf, math.inf)
+        assert isinstance(pending, Pending)
+        assert pending.timer is None
+        got: list[Any] = []
+        pending.notify = got.append
+        gate.update(advert())
+        await eventually(lambda: got)
+        got[0].release()
+
+    run(main())
+
+
+def test_retired_refused_and_forgotten_models() -> None:
+    async def main() -> None:
+        prospects = _Loadable()
+        gate = Gate(prospects=prospects)
+        gate.update(advert())
+        gate.retire("a")
+        assert gate.is_retired("a")
+        waiting = asyncio.create_task(gate.acquire(MODEL, ME))
+        await asyncio.sleep(0)
+        gate.restore("a")
+        (await waiting).release()
+        gate.retire("a")
+        refused = asyncio.create_task(gate.acquire(MODEL, ME))
+        await asyncio.sleep(0)
+        gate.refuse("m", ModelFailed("it cannot"))
+        with pytest.raises(ModelFailed):
+            await refused
+        forgotten = asyncio.create_task(gate.acquire(MODEL, ME))
+        await asyncio.sleep(0)
+        prospects.base_of = lambda _name: None  # type: ignore[method-assign]
+        gate.prospects_changed()
+        with pytest.raises(ApiError):
+            await forgotten
         assert at_rest(gate)
 
     run(main())

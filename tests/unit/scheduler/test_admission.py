@@ -78,6 +78,7 @@ def test_2_a_model_hidden_from_a_key_does_not_exist_for_it() -> None:
 @pytest.mark.parametrize(
     ("state", "by_model", "by_launch"),
     [("bootstrapping", ModelLoading, LaunchNotReady), ("stopping", Draining, LaunchNotReady),
+     ("falling_asleep", ModelLoading, LaunchNotReady), ("waking", ModelLoading, LaunchNotReady),
      ("ready", Unavailable, Unavailable)],
 )  # fmt: skip
 def test_3_known_but_not_routable(state: str, by_model: type[ApiError], by_launch: type[ApiError]) -> None:
@@ -87,6 +88,15 @@ def test_3_known_but_not_routable(state: str, by_model: type[ApiError], by_launc
         assert type(error) is kind
         assert error.retry_after == 18
         assert error.should_retry is not False
+
+
+def test_3_one_that_sleeps_is_not_woken_by_asking_for_its_launch() -> None:
+    desk = Desk(launch(state="asleep", routable=False))
+    assert type(desk.refusal()) is ModelLoading
+    refused = desk.refusal(ByLaunch("a"))
+    assert type(refused) is LaunchNotReady
+    assert "is asleep" in refused.message
+    assert refused.should_retry is False
 
 
 def test_3_without_an_eta_a_default_is_told() -> None:
