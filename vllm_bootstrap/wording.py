@@ -26,6 +26,7 @@ REASONS: Mapping[str, str] = {
     "operator": "asked to",
     "boot_timeout": "took too long to start",
     "unhealthy": "no longer healthy",
+    "wake_failed": "did not wake",
     "died": "died",
 }
 

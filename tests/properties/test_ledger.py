@@ -6,7 +6,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from vllm_bootstrap.gpus.ledger import WHOLE, Claim, Ledger, LedgerConflict
+from vllm_bootstrap.gpus.ledger import WHOLE, Claim, Ledger, LedgerConflict, Parked
 
 OWNERS = st.sampled_from([f"l{n}" for n in range(6)])
 GPUS = ["GPU-a", "GPU-b", "GPU-c"]
@@ -19,6 +19,7 @@ class Owning(RuleBasedStateMachine):
         super().__init__()
         self.ledger = Ledger()
         self.held: dict[str, tuple[Claim, ...]] = {}
+        self.parked: dict[str, tuple[Parked, ...]] = {}
 
     def on(self, uuid: str) -> dict[str, Claim]:
         return {owner: c for owner, claims in self.held.items() for c in claims if c.uuid == uuid}
@@ -34,7 +35,7 @@ class Owning(RuleBasedStateMachine):
         shared = share < WHOLE
         wanted = [Claim(uuid, share, shared) for uuid in uuids]
         full = [c for c in wanted if not self.has_room(c)]
-        if owner in self.held:
+        if owner in self.held or owner in self.parked:
             with pytest.raises(ValueError, match="holds claims already"):
                 self.ledger.claim(owner, uuids, share, shared)
         elif full:
@@ -49,13 +50,50 @@ class Owning(RuleBasedStateMachine):
     @rule(owner=OWNERS)
     def give_back(self, owner: str) -> None:
         assert set(self.ledger.release(owner)) == set(self.held.pop(owner, ()))
+        self.parked.pop(owner, None)
         assert self.ledger.release(owner) == ()
 
     @rule()
     def be_restarted(self) -> None:
         fresh = Ledger()
         fresh.restore(self.held)
+        fresh.restore_parked(self.parked)
         self.ledger = fresh
+
+    @rule(owner=OWNERS, residue=st.integers(0, 9))
+    def fall_asleep(self, owner: str, residue: int) -> None:
+        if owner in self.parked:
+            return
+        held = self.held.pop(owner, ())
+        parked = self.ledger.park(owner, {claim.uuid: residue for claim in held})
+        assert set(parked) == {Parked(claim, residue) for claim in held}
+        if held:
+            self.parked[owner] = parked
+
+    @rule(owner=OWNERS)
+    def wake(self, owner: str) -> None:
+        wanted = [each.claim for each in self.parked.get(owner, ())]
+        if all(self.has_room(claim) for claim in wanted):
+            assert set(self.ledger.unpark(owner)) == set(wanted)
+            if owner in self.parked:
+                del self.parked[owner]
+                self.held[owner] = tuple(wanted)
+        else:
+            with pytest.raises(LedgerConflict):
+                self.ledger.unpark(owner)
+
+    @invariant()
+    def what_sleeps_is_remembered_and_in_nobodys_way(self) -> None:
+        for uuid in GPUS:
+            here = {o: each for o, parked in self.parked.items() for each in parked if each.claim.uuid == uuid}
+            assert set(self.ledger.parked_on(uuid)) == set(here)
+            assert self.ledger.residue_bytes(uuid) == sum(each.residue_bytes for each in here.values())
+            for owner in here:
+                others = sum(each.residue_bytes for o, each in here.items() if o != owner)
+                assert self.ledger.residue_bytes(uuid, without=owner) == others
+        for owner, parked in self.parked.items():
+            assert set(self.ledger.parked(owner)) == set(parked)
+            assert self.ledger.holds(owner) == ()
 
     @invariant()
     def both_agree(self) -> None:

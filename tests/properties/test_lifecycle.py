@@ -59,6 +59,33 @@ class Launch(RuleBasedStateMachine):
     def does_no_work(self) -> None:
         self.post(Event.PROBES_FAILED, self.attempt)
 
+    @precondition(lambda self: self.phase.state is State.READY)
+    @rule()
+    def begins_to_sleep(self) -> None:
+        self.post(Event.SLEEP_BEGUN, self.attempt)
+
+    @precondition(lambda self: self.phase.state is State.FALLING_ASLEEP)
+    @rule(event=st.sampled_from([Event.FELL_ASLEEP, Event.STAYED_AWAKE, Event.WAKE_FAILED, Event.PROBES_FAILED]))
+    def is_told_how_the_sleep_went(self, event: Event) -> None:
+        self.post(event, self.attempt)
+
+    @precondition(lambda self: self.phase.state is State.ASLEEP)
+    @rule()
+    def begins_to_wake(self) -> None:
+        self.post(Event.WAKE_BEGUN, self.attempt)
+
+    @precondition(lambda self: self.phase.state is State.WAKING)
+    @rule(event=st.sampled_from([Event.WOKE, Event.STAYED_ASLEEP, Event.WAKE_FAILED]))
+    def is_told_how_the_waking_went(self, event: Event) -> None:
+        self.post(event, self.attempt)
+
+    @precondition(lambda self: self.phase.state is State.STOPPING)
+    @rule(event=st.sampled_from([Event.FELL_ASLEEP, Event.STAYED_AWAKE, Event.WOKE, Event.WAKE_FAILED]))
+    def a_rest_ends_too_late(self, event: Event) -> None:
+        before = self.phase
+        self.post(event, self.attempt)
+        assert self.phase == before
+
     @rule()
     def is_to_stop(self) -> None:
         self.stop_wished = self.stop_wished or self.phase.state not in TERMINAL
@@ -97,9 +124,9 @@ class Launch(RuleBasedStateMachine):
             assert not self.stop_wished
 
     @invariant()
-    def what_is_alive_owns_its_gpus(self) -> None:
+    def what_is_alive_owns_its_gpus_or_sleeps(self) -> None:
         if self.alive:
-            assert owns_gpus(self.phase)
+            assert owns_gpus(self.phase) or self.phase.state is State.ASLEEP
 
     @invariant()
     def a_launch_ends_once_and_stays_ended(self) -> None:
@@ -114,10 +141,18 @@ class Launch(RuleBasedStateMachine):
             assert self.stop_wished
 
     @invariant()
-    def ready_is_only_reached_from_bootstrapping(self) -> None:
+    def gpus_are_given_away_only_by_sleeping_or_ending(self) -> None:
+        for before, after in zip(self.history, self.history[1:], strict=False):
+            if owns_gpus(before) and not owns_gpus(after):
+                assert after.state in TERMINAL or before.state in {State.FALLING_ASLEEP, State.WAKING}
+            if not owns_gpus(before) and is_routable(after, unresponsive=False):
+                raise AssertionError("traffic before its GPUs were its own again")
+
+    @invariant()
+    def ready_is_only_reached_from_bootstrapping_and_sleep(self) -> None:
         for before, after in zip(self.history, self.history[1:], strict=False):
             if after.state is State.READY:
-                assert before == BOOTSTRAPPING
+                assert before.state in {State.BOOTSTRAPPING, State.READY, State.FALLING_ASLEEP, State.WAKING}
             if before != after and after == BOOTSTRAPPING:
                 assert before.state is State.STOPPING
 

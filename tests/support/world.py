@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +23,7 @@ from vllm_bootstrap.engines.environment import base_environment
 from vllm_bootstrap.engines.simulator_engine import SimulatorEngine
 from vllm_bootstrap.gpus.ledger import Ledger
 from vllm_bootstrap.gpus.mock import MockInventory
+from vllm_bootstrap.launches.accepting import fits_always
 from vllm_bootstrap.launches.attempt import AttemptDeps
 from vllm_bootstrap.launches.config import SupervisorConfig
 from vllm_bootstrap.launches.context import ContextMaker
@@ -61,6 +63,9 @@ class World:
         self.fatal: list[BaseException] = []
         self.told: list[EventView] = []
         self.inventory = MockInventory(2)
+        self.on_advert: Callable[[Advert], None] = lambda _advert: None
+        self.on_forget: Callable[[str], None] = lambda _launch_id: None
+        self.fit = fits_always
 
     async def __aenter__(self) -> Self:
         state = instance.open_instance(self.home / "state")
@@ -79,16 +84,25 @@ class World:
         engines = {"simulator": SimulatorEngine(stop_grace_s=config.stop_grace_s), **self._engines}
         self.supervisor = Supervisor(
             config, self.store, engines, self.inventory, self.ledger, self.gpus, attempts,
-            on_advert=lambda advert: self.adverts.__setitem__(advert.launch_id, advert),
-            on_forget=lambda launch_id: self.adverts.pop(launch_id, None),
+            on_advert=self._advert,
+            on_forget=self._forget,
             on_fatal=self.fatal.append,
             on_event=self.told.append,
+            fit=self.fit,
         )  # fmt: skip
         reconciler = Reconciler(
             self.supervisor, self.store, self.host, self.ledger, self.gpus, self.inventory, contexts, attempts
         )
         await reconciler.run()
         return self
+
+    def _advert(self, advert: Advert) -> None:
+        self.adverts[advert.launch_id] = advert
+        self.on_advert(advert)
+
+    def _forget(self, launch_id: str) -> None:
+        self.adverts.pop(launch_id, None)
+        self.on_forget(launch_id)
 
     async def __aexit__(self, *_: object) -> None:
         await self.supervisor.stop_all(force=True)

@@ -26,6 +26,8 @@ STATE_STYLES = {
     "running": "green", "queued": "yellow", "reading": "cyan",
     "validating": "cyan", "in_progress": "green", "finalizing": "green", "completed": "green", "expired": "red",
     "cancelling": "yellow", "cancelled": "dim",
+    "loaded": "green", "loading": "cyan", "waking": "cyan", "unloaded": "dim", "asleep": "dim", "falling": "yellow",
+    "falling_asleep": "yellow", "unloading": "yellow", "unresponsive": "red",
 }  # fmt: skip
 
 

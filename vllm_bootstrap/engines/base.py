@@ -17,7 +17,12 @@ from vllm_bootstrap.serving import Endpoint, EngineRoute
 
 @dataclass(frozen=True, slots=True)
 class LaunchSpec:
-    """A launch as asked for, validated and normalised. ``fields`` holds the typed engine fields that were given."""
+    """A launch as asked for, validated and normalised. ``fields`` holds the typed engine fields that were given.
+
+    ``aliases`` are further names of the model. ``adapters``: served name to the LoRA adapter (repository or path) that
+    is served under it. ``max_parallel``: so many sequences run at once though the engine has more slots. ``sleep``: the
+    level at which the engine is to sleep when it is not needed, 0 for never; it is started so that it can.
+    """
 
     model: str
     engine: str
@@ -25,6 +30,19 @@ class LaunchSpec:
     fields: Mapping[str, Any] = field(default_factory=dict)
     extra_args: Mapping[str, Any] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    max_parallel: int | None = None
+    sleep: int = 0
+
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        """All names the engine answers to, the main one first."""
+        return (self.served_model_name, *self.aliases, *self.adapters)
+
+    def slots(self, of_engine: int) -> int:
+        """Sequences that may run at once on an engine that has ``of_engine`` slots."""
+        return of_engine if self.max_parallel is None else min(of_engine, self.max_parallel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +127,7 @@ class FailureClass(StrEnum):
     HOST_REBOOTED = "host_rebooted"
     GPU_LOCKED = "gpu_locked"
     SPAWN_FAILED = "spawn_failed"
+    WAKE_FAILED = "wake_failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +155,8 @@ class ExitFacts:
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """Facts about a started engine that the data plane and the watcher need."""
+    """Facts about a started engine that the data plane and the watcher need. ``sleep_levels``: those at which it can
+    be sent to sleep (1 keeps the weights in host memory, 2 keeps nothing)."""
 
     routes: tuple[EngineRoute, ...]
     slots: int
@@ -145,6 +165,7 @@ class Traits:
     refuses_http_media: bool = False
     has_metrics: bool = True
     health_path: str = "/health"
+    sleep_levels: tuple[int, ...] = ()
 
 
 class Engine(Protocol):

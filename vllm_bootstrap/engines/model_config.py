@@ -1,4 +1,5 @@
-"""What a model's ``config.json`` says, when it is at hand locally: a model's folder or the Hugging Face cache.
+"""What a model's ``config.json`` (and a LoRA adapter's ``adapter_config.json``) says, when it is at hand locally: a
+model's folder or the Hugging Face cache.
 
 Blocking, but only for one small file. Never downloads; nothing found means None, never a guess.
 """
@@ -21,22 +22,34 @@ def attention_heads(model: str, hf_home: Path | None, revision: str | None = Non
     return _heads(config) if config is not None else None
 
 
-def read_config(model: str, hf_home: Path | None, revision: str | None = None) -> dict[str, Any] | None:
-    """The model's ``config.json`` as it lies on this machine, None where it does not or cannot be read."""
-    folder = Path(model) if model.startswith("/") else _snapshot(model, hf_home, revision)
+def lora_rank(adapter: str, hf_home: Path | None) -> int | None:
+    """The rank of a LoRA adapter (a path or a repository id), None where it cannot be told."""
+    config = read_config(adapter, hf_home, file="adapter_config.json")
+    rank = config.get("r") if config is not None else None
+    return rank if isinstance(rank, int) and not isinstance(rank, bool) and rank > 0 else None
+
+
+def read_config(
+    model: str, hf_home: Path | None, revision: str | None = None, *, file: str = "config.json"
+) -> dict[str, Any] | None:
+    """The model's ``file`` as it lies on this machine, None where it does not or cannot be read."""
+    folder = local_folder(model, hf_home, revision)
     if folder is None:
         return None
-    path = folder / "config.json"
+    path = folder / file
     try:
-        with path.open("rb") as file:
-            config = json.loads(file.read(MAX_CONFIG_BYTES))
+        with path.open("rb") as found:
+            config = json.loads(found.read(MAX_CONFIG_BYTES))
     except (OSError, ValueError, RecursionError):
         return None
     return config if isinstance(config, dict) else None
 
 
-def _snapshot(model: str, hf_home: Path | None, revision: str | None) -> Path | None:
-    """The folder of a cached revision: ``refs/NAME`` holds the commit that ``snapshots/COMMIT`` is called after."""
+def local_folder(model: str, hf_home: Path | None, revision: str | None = None) -> Path | None:
+    """Where a model's files would be: its own folder, or that of a cached revision (``refs/NAME`` holds the commit that
+    ``snapshots/COMMIT`` is called after). It need not exist."""
+    if model.startswith("/"):
+        return Path(model)
     if hf_home is None:
         return None
     repository = hf_home / "hub" / f"models--{model.replace('/', '--')}"

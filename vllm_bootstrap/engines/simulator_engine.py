@@ -42,6 +42,8 @@ class SimulatorEngine:
     ``stop_grace_s``: seconds between SIGTERM and SIGKILL. ``hf_home``: where pretended downloads go."""
 
     name = "simulator"
+    serves_more_names = True
+    can_sleep = True
 
     def __init__(
         self,
@@ -56,9 +58,11 @@ class SimulatorEngine:
         self._mock_memory_file = mock_memory_file
         self._python = python
 
-    async def check(self, spec: LaunchSpec, placement: Placement) -> None:  # noqa: ARG002 - it fits everywhere
+    async def check(self, spec: LaunchSpec, placement: Placement) -> None:
         """Refuse knobs that do not exist or have the wrong type. Raises ``BadRequest`` naming the field."""
         self._arguments(spec)
+        if spec.sleep and placement.kind == "cpu":
+            raise BadRequest("sleep: there is no GPU memory to give up on a CPU.", param="sleep")
         if spec.extra_args.get("mock-memory-bytes") and self._mock_memory_file is None:
             raise BadRequest(
                 "mock-memory-bytes needs VLLM_BOOTSTRAP_MOCK_GPU_FILE.", param="extra_args.mock-memory-bytes"
@@ -74,12 +78,13 @@ class SimulatorEngine:
             "-m",
             MODULE,
             f"--model={spec.model}",
-            f"--served-model-name={spec.served_model_name}",
+            *(f"--served-model-name={name}" for name in spec.served_names),
             f"--uds={context.uds_path}",
             f"--tensor-parallel-size={placement.tensor_parallel_size}",
             f"--pipeline-parallel-size={placement.pipeline_parallel_size}",
             f"--shutdown-timeout={self._shutdown_timeout_s}",
             *self._arguments(spec),
+            *(["--enable-sleep-mode"] if spec.sleep else []),
         ]
         fraction = memory_fraction(spec, placement)
         if fraction is not None:
@@ -95,7 +100,8 @@ class SimulatorEngine:
 
     def traits(self, spec: LaunchSpec) -> Traits:
         slots = spec.fields.get("max_num_seqs") or DEFAULT_SLOTS
-        return Traits(routes=vllm_routes(), slots=int(slots), priority_header=True)
+        levels = (1, 2) if spec.sleep else ()
+        return Traits(routes=vllm_routes(), slots=int(slots), priority_header=True, sleep_levels=levels)
 
     def attention_heads(self, spec: LaunchSpec) -> int | None:  # noqa: ARG002 - there is no model
         return None

@@ -20,6 +20,7 @@ from vllm_bootstrap.launches.types import LaunchOrder
 
 DTYPES = frozenset({"auto", "half", "float16", "bfloat16", "float", "float32"})
 MODEL_URL = "model-url"
+LORA_MODULES = "lora-modules"
 MAX_EXTRA_ARGS = 100
 # Where an engine listens and who it lets in is the daemon's, whatever engine it is.
 _LISTENING = frozenset({"host", "port", "uds", "api-key", "root-path", "model", "served-model-name"})
@@ -86,7 +87,7 @@ def make_spec(order: LaunchOrder, engine: Engine, allow_dangerous: Iterable[str]
     """
     allowed = frozenset(_operator_names(allow_dangerous))
     arguments.safe_name(order.model, "model")
-    _check_model(order.model, allowed)
+    _check_model(order.model, "model", allowed)
     served = order.served_model_name if order.served_model_name is not None else order.model
     arguments.safe_name(served, "served_model_name")
     return LaunchSpec(
@@ -96,6 +97,10 @@ def make_spec(order: LaunchOrder, engine: Engine, allow_dangerous: Iterable[str]
         fields=_fields(order.fields, allowed),
         extra_args=_extra_args(order.extra_args, engine, allowed),
         env=_env(order.env, allowed),
+        aliases=_aliases(order, served, engine),
+        adapters=_adapters(order, served, engine, allowed),
+        max_parallel=_max_parallel(order.max_parallel),
+        sleep=_sleep(order.sleep, engine),
     )
 
 
@@ -105,16 +110,62 @@ def _operator_names(given: Iterable[str]) -> Iterable[str]:
         yield name if name.isupper() else name.removeprefix("--").replace("_", "-")
 
 
-def _check_model(model: str, allowed: frozenset[str]) -> None:
-    arguments.no_parent(model, "model")
+def _check_model(model: str, param: str, allowed: frozenset[str]) -> None:
+    arguments.no_parent(model, param)
     if model.startswith(("~", "./", ".\\")):
-        raise BadRequest("model must be a repository id or an absolute path.", param="model")
+        raise BadRequest(f"{param} must be a repository id or an absolute path.", param=param)
     if "://" in model and MODEL_URL not in allowed:
         raise BadRequest(
-            f"model must be a repository id or an absolute path. The operator may allow addresses by naming "
+            f"{param} must be a repository id or an absolute path. The operator may allow addresses by naming "
             f"{MODEL_URL} in VLLM_BOOTSTRAP_ALLOW_DANGEROUS_ARGS.",
-            param="model",
+            param=param,
         )
+
+
+def _aliases(order: LaunchOrder, served: str, engine: Engine) -> tuple[str, ...]:
+    if order.aliases:
+        _must_serve_more_names(engine, "aliases")
+    for alias in order.aliases:
+        arguments.safe_name(alias, "aliases")
+    if len({served, *order.aliases}) <= len(order.aliases):
+        raise BadRequest("aliases holds a name twice, or the model's own.", param="aliases")
+    return tuple(order.aliases)
+
+
+def _adapters(order: LaunchOrder, served: str, engine: Engine, allowed: frozenset[str]) -> dict[str, str]:
+    if order.adapters:
+        _must_serve_more_names(engine, "adapters")
+        if any(arguments.normal_name(key, f"extra_args.{key}") == LORA_MODULES for key in order.extra_args):
+            raise BadRequest(
+                f"extra_args.{LORA_MODULES} cannot be given together with adapters.", param=f"extra_args.{LORA_MODULES}"
+            )
+    for name, source in order.adapters.items():
+        param = f"adapters.{name}"
+        arguments.safe_name(name, param)
+        if name == served or name in order.aliases:
+            raise BadRequest(f"{param} is a name of the model itself.", param=param)
+        arguments.safe_name(source, param)
+        _check_model(source, param, allowed)
+    return dict(order.adapters)
+
+
+def _must_serve_more_names(engine: Engine, param: str) -> None:
+    if not getattr(engine, "serves_more_names", False):
+        raise BadRequest(f"The engine {engine.name!r} serves one name only: it takes no {param}.", param=param)
+
+
+def _max_parallel(value: int | None) -> int | None:
+    if value is not None:
+        _positive(value, "max_parallel")
+    return value
+
+
+def _sleep(value: int, engine: Engine) -> int:
+    if value not in {0, 1, 2}:
+        raise BadRequest("sleep must be 0, 1 or 2.", param="sleep")
+    if value and not getattr(engine, "can_sleep", False):
+        raise BadRequest(f"The engine {engine.name!r} cannot sleep.", param="sleep")
+    return int(value)
 
 
 def _fields(given: Mapping[str, object], allowed: frozenset[str]) -> dict[str, Any]:

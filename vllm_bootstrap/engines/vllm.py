@@ -41,6 +41,8 @@ class VllmEngine:
 
     name = "vllm"
     takes_vllm_flags = True
+    serves_more_names = True
+    can_sleep = True
 
     def __init__(self, locator: Locator, options: VllmOptions) -> None:
         self._locator = locator
@@ -57,7 +59,7 @@ class VllmEngine:
             raise BadRequest(str(exc), param="engine") from None
         if not can.verified:
             log.debug("vLLM %s is judged by the flags of %s", install.version_text, can.basis)
-        vllm_command.flags(spec, placement, can, self._options)
+        vllm_command.flags(spec, placement, can, self._options, self._lora_rank(spec))
 
     def needs_port(self, spec: LaunchSpec) -> bool:  # noqa: ARG002 - the same for every launch
         return not self._installed()[1].has("--uds")
@@ -66,7 +68,7 @@ class VllmEngine:
         """See ``Engine.command``. Raises ``BadRequest`` as ``check`` does, when vLLM has changed since."""
         install, can = self._installed()
         argv = [*install.launcher, *_model(spec, install)]
-        argv += vllm_command.flags(spec, placement, can, self._options)
+        argv += vllm_command.flags(spec, placement, can, self._options, self._lora_rank(spec))
         argv += vllm_command.listen_flags(context, can)
         env = vllm_command.environment(spec, placement, context, can, self._options, install.bin_dir)
         secrets = tuple(secret for secret in (context.internal_key, context.hf_token) if secret)
@@ -83,17 +85,25 @@ class VllmEngine:
             priority_header=version >= PRIORITY_HEADER_SINCE,
             priority_field=version < PRIORITY_HEADER_SINCE,
             refuses_http_media=not filters_media and vllm_command.ANY_DOMAIN not in domains,
+            sleep_levels=vllm_command.sleep_levels(spec, can) if can is not None else (),
         )
 
     def attention_heads(self, spec: LaunchSpec) -> int | None:
-        hf_home = Path(self._options.hf_home) if self._options.hf_home else None
-        return model_config.attention_heads(spec.model, hf_home, spec.fields.get("revision"))
+        return model_config.attention_heads(spec.model, self._hf_home(), spec.fields.get("revision"))
 
     def progress(self, line: str) -> Progress | None:
         return phases.parse_progress(line)
 
     def explain(self, facts: ExitFacts, log_tail: Sequence[str]) -> Failure:
         return failures.explain(facts, log_tail)
+
+    def _lora_rank(self, spec: LaunchSpec) -> int | None:
+        """The largest rank of the launch's adapters, None where it cannot be told for any of them."""
+        ranks = [model_config.lora_rank(source, self._hf_home()) for source in spec.adapters.values()]
+        return max((rank for rank in ranks if rank is not None), default=None)
+
+    def _hf_home(self) -> Path | None:
+        return Path(self._options.hf_home) if self._options.hf_home else None
 
     def _installed(self) -> tuple[Install, Capabilities]:
         try:

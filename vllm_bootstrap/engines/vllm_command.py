@@ -6,6 +6,7 @@ cannot be overridden by a launch. The same inputs always give the same result: t
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ WHOLE_MILLI = 1000
 # A domain that cannot exist (RFC 2606): an empty list would mean "any".
 NO_MEDIA_DOMAIN = "media-disabled.invalid"
 ANY_DOMAIN = "*"
+# The ranks that vLLM has kernels for: another one is rounded up. Each adapter that may be in one step costs GPU memory.
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+LORAS_AT_ONCE = 8
 _DOMAIN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?")
 CPU_KV_CACHE_GIB = 2
 # Our own start and stall timeouts end a start; the engine's must never be the first to fire.
@@ -38,6 +42,7 @@ QUIET_ENDPOINTS = "/health,/metrics,/v1/models,/version"
 UUIDS_SINCE = (0, 26, 0)
 AUTO_LENGTH_SINCE = (0, 15, 1)
 BF16_SINCE = (8, 0)
+RELOAD_WEIGHTS_SINCE = (0, 10, 2)
 
 # Field of the spec, flag of vLLM; in the order in which they are written.
 FIELD_FLAGS: Mapping[str, str] = {
@@ -79,12 +84,15 @@ def slots(spec: LaunchSpec) -> int:
     return min(DEFAULT_SLOTS, int(spec.fields.get("max_num_batched_tokens", DEFAULT_SLOTS)))
 
 
-def flags(spec: LaunchSpec, placement: Placement, can: Capabilities, options: VllmOptions) -> list[str]:
-    """Everything of the command line that does not depend on where the engine listens.
+def flags(
+    spec: LaunchSpec, placement: Placement, can: Capabilities, options: VllmOptions, lora_rank: int | None = None
+) -> list[str]:
+    """Everything of the command line that does not depend on where the engine listens. ``lora_rank``: the largest rank
+    of the launch's adapters, None where it is not known.
 
     Raises ``BadRequest`` naming the field when this version does not have what the launch asks for.
     """
-    out = [f"--served-model-name={spec.served_model_name}", f"--dtype={dtype(spec, placement)}"]
+    out = [*_names(spec), f"--dtype={dtype(spec, placement)}"]
     out.append(f"--max-num-seqs={slots(spec)}")
     if placement.tensor_parallel_size > 1:
         out.append(f"--tensor-parallel-size={placement.tensor_parallel_size}")
@@ -94,10 +102,71 @@ def flags(spec: LaunchSpec, placement: Placement, can: Capabilities, options: Vl
     if fraction is not None:
         out.append(f"--gpu-memory-utilization={fraction:g}")
     out += _fields(spec, placement, can)
+    out += _lora(spec, can, lora_rank)
+    out += _sleep(spec, placement, can)
     out += _daemon_flags(spec, can, options)
     for name, value in spec.extra_args.items():
         out += _rendered(f"--{name}", value, f"extra_args.{name}", can)
     return out
+
+
+def _names(spec: LaunchSpec) -> list[str]:
+    if not spec.aliases:
+        return [f"--served-model-name={spec.served_model_name}"]
+    return ["--served-model-name", spec.served_model_name, *spec.aliases]
+
+
+def _lora(spec: LaunchSpec, can: Capabilities, rank: int | None) -> list[str]:
+    """What makes the adapters models of their own. The launch's extra arguments win over what is chosen here."""
+    if not spec.adapters:
+        return []
+    chosen: dict[str, Any] = {"enable-lora": True, "max-loras": min(len(spec.adapters), LORAS_AT_ONCE)}
+    if len(spec.adapters) > LORAS_AT_ONCE:
+        chosen["max-cpu-loras"] = len(spec.adapters)
+    if rank is not None:
+        chosen["max-lora-rank"] = next((known for known in LORA_RANKS if known >= rank), rank)
+    out: list[str] = []
+    for name, value in chosen.items():
+        if name not in spec.extra_args:
+            out += _rendered(f"--{name}", value, "adapters", can)
+    modules = [_lora_module(name, source) for name, source in spec.adapters.items()]
+    return out + _rendered("--lora-modules", modules, "adapters", can)
+
+
+def sleep_levels(spec: LaunchSpec, can: Capabilities) -> tuple[int, ...]:
+    """At which levels an engine of this launch can sleep. The second one needs its weights to be loadable again."""
+    if not spec.sleep or not can.has("--uds") or not can.has("--enable-sleep-mode"):
+        return ()
+    return (1, 2) if can.basis >= RELOAD_WEIGHTS_SINCE else (1,)
+
+
+def _sleep(spec: LaunchSpec, placement: Placement, can: Capabilities) -> list[str]:
+    if not spec.sleep:
+        return []
+    if placement.kind == "cpu":
+        raise BadRequest("sleep: vLLM on CPUs has no sleep mode.", param="sleep")
+    if not can.has("--uds"):  # the routes that put it to sleep also run code: nobody else may reach them
+        raise BadRequest(
+            f"sleep: vLLM {show(can.version)} cannot listen on a Unix socket, and its sleep routes must be private.",
+            param="sleep",
+        )
+    if "enable-sleep-mode" in spec.extra_args:
+        raise BadRequest(
+            "extra_args.enable-sleep-mode: use the field sleep instead.", param="extra_args.enable-sleep-mode"
+        )
+    if spec.sleep not in sleep_levels(spec, can):
+        since = show(RELOAD_WEIGHTS_SINCE)
+        raise BadRequest(
+            f"sleep: level {spec.sleep} needs vLLM {since} or newer, this is {show(can.version)}.", param="sleep"
+        )
+    return _rendered("--enable-sleep-mode", True, "sleep", can)
+
+
+def _lora_module(name: str, source: str) -> str:
+    """``name=path``; as JSON where that could be read in another way."""
+    if any(sign in name + source for sign in "=,") or name.startswith("{"):
+        return json.dumps({"name": name, "path": source})
+    return f"{name}={source}"
 
 
 def dtype(spec: LaunchSpec, placement: Placement) -> str:
@@ -198,6 +267,8 @@ def environment(
     env |= _defaults(spec, placement, can)
     env |= spec.env
     env |= _forced(context, can)
+    if sleep_levels(spec, can):
+        env["VLLM_SERVER_DEV_MODE"] = "1"  # opens the sleep routes, and many more: the socket is the daemon's alone
     env |= _devices(placement, can)
     if not can.has("--uds"):
         env["VLLM_API_KEY"] = context.internal_key

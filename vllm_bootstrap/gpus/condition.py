@@ -2,9 +2,12 @@
 
 Others' use is what makes a free GPU busy. It is judged so:
 
-1. nobody of ours is on the GPU: all memory in use but that of processes which only draw
+1. nobody of ours is on the GPU, not even asleep: all memory in use but that of processes which only draw
 2. ours are there, processes are seen, their ids mean something and all of ours are known: the memory of the others
 3. ours are there otherwise: memory in use minus our own claims, and nobody is named
+
+A launch that sleeps claims nothing and still uses a little. It is one of ours in 2; in 3 what it was seen to
+use (its residue) is taken off.
 
 In a pid namespace the driver's process ids mean nothing, so nobody is named there (``Snapshot.pids_trusted``).
 """
@@ -63,9 +66,14 @@ def assess(
     if why is not None:
         return Condition(GpuState.UNKNOWN, f"cannot be judged: {why}", owners)
     claimed = ledger.claimed_milli(uuid)
-    used, others = others_use(reading, claimed, own_pids=own_pids, pids_trusted=snapshot.pids_trusted)
+    used, others = others_use(
+        reading, claimed,
+        own_pids=own_pids, pids_trusted=snapshot.pids_trusted,
+        residue_bytes=ledger.residue_bytes(uuid), sleepers=bool(ledger.parked_on(uuid)),
+    )  # fmt: skip
     is_busy = used > busy_bytes
-    sentence = _held(used, others, pids_trusted=snapshot.pids_trusted, claimed=bool(claimed)) if is_busy else None
+    ours = bool(claimed or ledger.parked_on(uuid))
+    sentence = _held(used, others, pids_trusted=snapshot.pids_trusted, claimed=ours) if is_busy else None
     if uuid in unsettled:
         return Condition(GpuState.UNSETTLED, f"is unsettled: {unsettled[uuid]}", owners, others, used, is_busy)
     if owners:
@@ -77,19 +85,26 @@ def assess(
 
 
 def others_use(
-    reading: GpuReading, claimed_milli: int, *, own_pids: frozenset[int] | None, pids_trusted: bool
+    reading: GpuReading,
+    claimed_milli: int,
+    *,
+    own_pids: frozenset[int] | None,
+    pids_trusted: bool,
+    residue_bytes: int = 0,
+    sleepers: bool = False,
 ) -> tuple[int, tuple[GpuProcess, ...]]:
-    """Bytes that others use, and the processes that can be named. The numbers are those of the module's docstring."""
+    """Bytes that others use, and the processes that can be named. The numbers are those of the module's docstring.
+    ``sleepers``: ours that claim nothing now are there, and use ``residue_bytes`` as far as was seen."""
     drawing = sum(p.used_bytes or 0 for p in reading.processes if p.graphics)
     computing = [p for p in reading.processes if not p.graphics]
     in_use = max(0, (reading.used_bytes or 0) - drawing)
     named = tuple(computing) if pids_trusted else ()
-    if not claimed_milli:
+    if not claimed_milli and not sleepers:
         return in_use, named  # 1
     if computing and pids_trusted and own_pids is not None and all(p.used_bytes is not None for p in computing):
         foreign = tuple(p for p in computing if p.pid not in own_pids)
         return sum(p.used_bytes or 0 for p in foreign), foreign  # 2
-    return max(0, in_use - reading.gpu.total_bytes * claimed_milli // 1000), ()  # 3
+    return max(0, in_use - reading.gpu.total_bytes * claimed_milli // 1000 - residue_bytes), ()  # 3
 
 
 def _held(used: int, others: tuple[GpuProcess, ...], *, pids_trusted: bool, claimed: bool) -> str:

@@ -31,6 +31,9 @@ from vllm_bootstrap.launches.types import LaunchOrder
 
 log = logging.getLogger(__name__)
 
+# Fields of an order that did not exist from the beginning, with what stands for their absence.
+_LATER: Mapping[str, object] = {"replicas": 1, "aliases": (), "adapters": {}, "max_parallel": None, "sleep": 0}
+
 
 class Accepted(NamedTuple):
     """A launch that is on record with its claims and has no owner task yet."""
@@ -42,9 +45,13 @@ class Accepted(NamedTuple):
     estimate_s: float | None
 
 
+async def fits_always(_spec: LaunchSpec, _placement: Placement) -> None:
+    """Nobody judges whether a launch fits on its GPUs."""
+
+
 class Acceptor:
     """``begin`` is called for each new launch right after it was stored; it must not fail nor wait. ``own_pids`` tells
-    all processes of our launches, None when nobody can or needs to know."""
+    all processes of our launches, None when nobody can or needs to know. ``fit`` raises for what cannot fit."""
 
     def __init__(
         self,
@@ -56,10 +63,11 @@ class Acceptor:
         gpus: GpuRelease,
         begin: Callable[[Accepted], None],
         own_pids: Callable[[Snapshot], Awaitable[frozenset[int] | None]],
+        fit: Callable[[LaunchSpec, Placement], Awaitable[None]] = fits_always,
     ) -> None:
         self._config, self._store, self._engines = config, store, engines
         self._inventory, self._ledger, self._gpus = inventory, ledger, gpus
-        self._begin, self._own_pids = begin, own_pids
+        self._begin, self._own_pids, self._fit = begin, own_pids, fit
         self._placing = asyncio.Lock()
         self._refusing = False
 
@@ -88,6 +96,7 @@ class Acceptor:
             placements = await self._place(order, spec, engine)
             for placement in placements:
                 await engine.check(spec, placement)
+                await self._fit(spec, placement)
             estimates = [await self.estimate(spec, placement) for placement in placements]
             rows = new_rows(order, spec, owner_id, self._config.node_id, len(placements))
             try:
@@ -103,6 +112,14 @@ class Acceptor:
     async def estimate(self, spec: LaunchSpec, placement: Placement) -> float | None:
         """Seconds a start of this kind takes, None when there was none yet."""
         return await self._store.estimate(spec.model, spec.engine, device_name(placement), args_hash(spec))
+
+    async def estimate_of(self, order: LaunchOrder) -> float | None:
+        """Likewise for an order that is not placed yet: on the first GPUs, as many as it asks for (else one)."""
+        engine = self._engine(order.engine or self._config.default_engine)
+        spec = make_spec(order, engine, self._config.allow_dangerous_args)
+        snapshot = await self._inventory.snapshot()
+        gpus = tuple(reading.gpu for reading in snapshot.gpus)[: order.gpu_count or 1]
+        return await self.estimate(spec, Placement(snapshot.kind, gpus))
 
     def _refuse_at_the_end(self) -> None:
         if self._refusing:
@@ -166,10 +183,11 @@ class Acceptor:
 
 
 def _hash_of(order: LaunchOrder) -> str:
-    """What makes two requests the same. A request without replicas hashes as it did before there were any."""
+    """What makes two requests the same. One without what came later (replicas, names) hashes as it did before."""
     facts = asdict(order)
-    if facts["replicas"] == 1:
-        del facts["replicas"]
+    for name, absent in _LATER.items():
+        if facts[name] == absent:
+            del facts[name]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -14,8 +14,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from vllm_bootstrap.engines.base import (
     Traits,
 )
 from vllm_bootstrap.errors import StorageFailed
-from vllm_bootstrap.launches import observing
+from vllm_bootstrap.launches import observing, watching
 from vllm_bootstrap.launches.config import SupervisorConfig
 from vllm_bootstrap.launches.context import ContextMaker
 from vllm_bootstrap.launches.described import row_of
@@ -38,11 +38,13 @@ from vllm_bootstrap.launches.downloads import blobs_dir
 from vllm_bootstrap.launches.durably import durably
 from vllm_bootstrap.launches.ending import Outcome
 from vllm_bootstrap.launches.gpu_release import GpuRelease
-from vllm_bootstrap.launches.lifecycle import Event
-from vllm_bootstrap.launches.liveness import Liveness, Verdict, boot_timed_out, unwatched_s
+from vllm_bootstrap.launches.lifecycle import Event, State
 from vllm_bootstrap.launches.logs import LogReader
+from vllm_bootstrap.launches.posts import Post
 from vllm_bootstrap.launches.process import ProcessHost, Shim, ShimLost, ShimRefused
 from vllm_bootstrap.launches.progress import STARTING, WAITING_FOR_GPU, StartProgress
+from vllm_bootstrap.launches.resting import SleepFacts
+from vllm_bootstrap.launches.sleeping import INTERRUPTED, Bed, fall_asleep, stay_awake, wake
 from vllm_bootstrap.launches.start_gate import StartGate, Ticket
 from vllm_bootstrap.launches.store import LaunchStore
 from vllm_bootstrap.launches.types import ExitRecord, StartOrder
@@ -50,21 +52,7 @@ from vllm_bootstrap.serving import Endpoint
 
 log = logging.getLogger(__name__)
 
-READY_POLL_S = 0.25
 STOP_RETRY_S = 1.0
-# What a round of looking may take beyond its own pauses and time limits before it means that we were frozen.
-SLACK_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Post:
-    """A fact for the owner: an event of the lifecycle with its attempt, and what belongs to it."""
-
-    attempt: int
-    event: Event | None = None
-    outcome: Outcome | None = None
-    unresponsive: bool | None = None
-    detail: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +95,7 @@ class Attempt:
         lost: tuple[FailureClass, str] | None = None,
         baseline: dict[str, int] | None = None,
         resumed: bool = False,
+        sleep: SleepFacts | None = None,
     ) -> None:
         self.launch_id, self.number = launch_id, number
         self.spec, self.placement, self.engine = spec, placement, engine
@@ -116,16 +105,20 @@ class Attempt:
         self.pid = adopted.engine.pid if adopted and adopted.engine else None
         self.shim_pid = adopted.handle.identity.pid if adopted else None
         self.ready_since: float | None = time.monotonic() if adopted_ready else None
-        self._deps, self._post = deps, post
+        self.deps, self.post = deps, post
         self._shim, self._adopted = adopted, resumed
         self._finished, self._lost = finished, lost
         self._record = finished
-        self._baseline = baseline or {}
-        self._stop = asyncio.Event()
+        self.baseline = baseline or {}
+        self.stopping = asyncio.Event()
         self._force = False
         self._ticket: Ticket | None = None
         self._stopping: dict[str, asyncio.Task[None]] = {}
-        self._trouble: tuple[FailureClass, str] | None = lost
+        self.awake = asyncio.Event()
+        self.awake.set()
+        self.sleep = sleep
+        self._resting: asyncio.Task[None] | None = None
+        self.trouble: tuple[FailureClass, str] | None = lost
 
     # -- the owner's side ---------------------------------------------------------------------------------------
 
@@ -133,12 +126,48 @@ class Attempt:
         """Begin the death of the tree, at once or as soon as there is something to kill. Idempotent; never blocks.
         A later call with ``force`` cuts the grace short."""
         self._force = self._force or force
-        self._stop.set()
+        self.stopping.set()
         if self._shim is not None:
             self._send_stop(self._shim)
 
+    @property
+    def can_sleep(self) -> bool:
+        """Whether the engine can, and its shim can give the GPUs' lock files up meanwhile."""
+        return bool(self.traits.sleep_levels) and self._shim is not None and self._shim.can_unlock
+
+    def rest(self, state: State, level: int = 0) -> None:
+        """Begin what belongs to a state that was entered: fall asleep, sleep on, or wake. Never blocks; the owner gets
+        a post when it is done. An attempt that only buries does nothing."""
+        shim = self._shim
+        if shim is None or self.endpoint is None or state not in {State.FALLING_ASLEEP, State.ASLEEP, State.WAKING}:
+            return
+        self.awake.clear()
+        if state is State.ASLEEP:
+            return
+        bed = Bed(self, shim, self.endpoint, self.baseline)
+        if state is State.WAKING:
+            work = partial(wake, bed, self.sleep)
+        elif level:
+            work = partial(fall_asleep, bed, level)
+        else:
+            work = partial(stay_awake, bed, self.sleep, INTERRUPTED)
+        self._resting = asyncio.create_task(self._rest(work), name=f"rest {self.launch_id}/{self.number}")
+
+    async def _rest(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        # A start on the same GPU measures its memory meanwhile: nothing of ours may come or go there.
+        ticket = self.deps.gate.enter(self.launch_id, [gpu.uuid for gpu in self.placement.gpus])
+        try:
+            await ticket.entered
+            await work()
+        except Exception as exc:
+            log.exception("launch %s attempt %d: its sleep failed", self.launch_id, self.number)
+            self._give_up(FailureClass.WAKE_FAILED, f"Nobody knows how it sleeps: {type(exc).__name__}: {exc}")
+            self.request_stop(force=False)
+        finally:
+            self.deps.gate.leave(ticket)
+
     def log_reader(self) -> LogReader:
-        return LogReader(self._deps.config.log_base / self.launch_id / str(self.number))
+        return LogReader(self.deps.config.log_base / self.launch_id / str(self.number))
 
     async def dropped_log_bytes(self) -> int:
         """Bytes of output that the log could not take; 0 where no shim answers within a second."""
@@ -162,7 +191,7 @@ class Attempt:
             if self._lost is not None:
                 self._give_up(*self._lost)
             elif self._finished is not None:
-                self._post(Post(self.number, _how_it_ended(self._finished)))
+                self.post(Post(self.number, _how_it_ended(self._finished)))
             else:
                 record = await self._live()
         except StoppedBeforeStart:
@@ -181,12 +210,12 @@ class Attempt:
 
     def _leave_gate(self) -> None:
         if self._ticket is not None:
-            self._deps.gate.leave(self._ticket)
+            self.deps.gate.leave(self._ticket)
 
     async def _live(self) -> ExitRecord | None:
         if self.ready_since is None:
             self.progress.on_phase(WAITING_FOR_GPU, time.monotonic())
-            self._ticket = self._deps.gate.enter(self.launch_id, [gpu.uuid for gpu in self.placement.gpus])
+            self._ticket = self.deps.gate.enter(self.launch_id, [gpu.uuid for gpu in self.placement.gpus])
             # An adopted start is in the middle of it: it takes its place in line but cannot wait any more.
             if not self._adopted:
                 await self._unless_stopped(self._ticket.entered)
@@ -197,28 +226,28 @@ class Attempt:
         try:
             return await self._until_dead()
         finally:
-            helpers = [*watchers, *self._stopping.values()]
+            helpers = [*watchers, *self._stopping.values(), *([self._resting] if self._resting else [])]
             for task in helpers:
                 task.cancel()
             await asyncio.gather(*helpers, return_exceptions=True)
 
     async def _unless_stopped(self, waiting: asyncio.Future[None]) -> None:
-        stop = asyncio.ensure_future(self._stop.wait())
+        stop = asyncio.ensure_future(self.stopping.wait())
         either: set[asyncio.Future[Any]] = {waiting, stop}
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stop.cancel()
-        if self._stop.is_set():
+        if self.stopping.is_set():
             waiting.cancel()
             raise StoppedBeforeStart
 
     async def _start(self) -> None:
-        deps, placement = self._deps, self.placement
+        deps, placement = self.deps, self.placement
         self.progress.on_phase(STARTING, time.monotonic())
-        self._baseline = await deps.gpus.measure(self.launch_id, placement)
+        self.baseline = await deps.gpus.measure(self.launch_id, placement)
         await deps.store.save_attempt(
-            self.launch_id, self.number, started_at=time.time(), baseline=self._baseline, placement=asdict(placement)
+            self.launch_id, self.number, started_at=time.time(), baseline=self.baseline, placement=asdict(placement)
         )
         needs_port = self.engine.needs_port(self.spec)
         run_dir = deps.host.run_dir(self.launch_id, self.number)
@@ -233,18 +262,18 @@ class Attempt:
         shim = await deps.host.spawn(self.launch_id, self.number)
         self.shim_pid = shim.handle.identity.pid
         await deps.store.save_attempt(self.launch_id, self.number, handle=asdict(shim.handle))
-        if self._stop.is_set():
+        if self.stopping.is_set():
             self._shim = shim
             self._send_stop(shim)
             return
         identity = await shim.go(self._order(command, context))
         self.pid, self._shim = identity.pid, shim
         await deps.store.save_attempt(self.launch_id, self.number, engine=asdict(identity))
-        if self._stop.is_set():
+        if self.stopping.is_set():
             self._send_stop(shim)
 
     def _order(self, command: EngineCommand, context: EngineContext) -> StartOrder:
-        config, placement = self._deps.config, self.placement
+        config, placement = self.deps.config, self.placement
         lockable = tuple(gpu.uuid for gpu in placement.gpus) if placement.kind == "cuda" else ()
         assert command.argv is not None  # noqa: S101 - callers have checked; narrows the type
         return StartOrder(
@@ -273,7 +302,7 @@ class Attempt:
         """Ask until the shim has heard it. A shim that is gone is noticed by ``wait``; there is nobody left to ask."""
         while not shim.main_exited.done():
             try:
-                await shim.stop(self._deps.config.stop_grace_s, force=force)
+                await shim.stop(self.deps.config.stop_grace_s, force=force)
             except ShimLost:
                 await asyncio.sleep(STOP_RETRY_S)
             else:
@@ -282,35 +311,35 @@ class Attempt:
     async def _until_dead(self) -> ExitRecord | None:
         shim = self._shim
         if shim is None:  # an external engine: no process of ours
-            await self._stop.wait()
+            await self.stopping.wait()
             return ExitRecord(None, None, forced=False, stop_requested=True, ended_at=time.time())
-        shim.main_exited.add_done_callback(lambda _: self._post(Post(self.number, Event.MAIN_EXITED)))
+        shim.main_exited.add_done_callback(lambda _: self.post(Post(self.number, Event.MAIN_EXITED)))
         record = await shim.wait()
         if record is None:
             self._give_up(FailureClass.SHIM_LOST, "The process that supervised the engine was killed.")
         return record
 
     def _give_up(self, kind: FailureClass, message: str) -> None:
-        self._trouble = (kind, message)
-        self._post(Post(self.number, Event.SHIM_LOST, detail={"class": kind.value, "message": message}))
+        self.trouble = (kind, message)
+        self.post(Post(self.number, Event.SHIM_LOST, detail={"class": kind.value, "message": message}))
 
     async def _release(self, record: ExitRecord | None) -> None:
-        deps, self._record = self._deps, record
+        deps, self._record = self.deps, record
         forced = record.forced if record is not None else False
         rebooted = self._lost is not None and self._lost[0] is FailureClass.HOST_REBOOTED
         if not rebooted and self.placement.kind != "none":
             forced = await deps.host.kill_marked(self.launch_id, self.number) or forced
         if self._shim is not None:
             self._shim.close()
-        unsettled = await deps.gpus.settle(self.launch_id, self.placement, self._baseline)
+        unsettled = await deps.gpus.settle(self.launch_id, self.placement, self.baseline)
         ran_s = time.monotonic() - self.ready_since if self.ready_since is not None else 0.0
-        outcome = Outcome(record, forced, unsettled, self._trouble, self.ready_since is not None, ran_s)
-        self._post(Post(self.number, Event.RELEASED, outcome=outcome))
+        outcome = Outcome(record, forced, unsettled, self.trouble, self.ready_since is not None, ran_s)
+        self.post(Post(self.number, Event.RELEASED, outcome=outcome))
 
     async def bury(self) -> None:
         """Note the end in the attempt's own row and remove its folder. Called once the launch's new state is on disk:
         until then the exit record in that folder is what tells the next daemon."""
-        deps, record = self._deps, self._record
+        deps, record = self.deps, self._record
         if record is not None:
             ended = {"ended_at": record.ended_at, "exit": asdict(record)}
             await durably(self.launch_id, lambda: deps.store.save_attempt(self.launch_id, self.number, **ended))
@@ -319,7 +348,7 @@ class Attempt:
     # -- watching -----------------------------------------------------------------------------------------------
 
     async def _follow_start(self) -> None:
-        blobs = blobs_dir(self.spec.model, self._deps.config.hf_home)
+        blobs = blobs_dir(self.spec.model, self.deps.config.hf_home)
         reader, is_ready = self.log_reader(), lambda: self.ready_since is not None
         await observing.follow_start(reader, self.engine, self.progress, blobs, is_ready)
 
@@ -332,62 +361,11 @@ class Attempt:
             self.request_stop(force=False)
 
     async def _watch(self) -> None:
-        if self.ready_since is None and not await self._until_ready():
+        if self.ready_since is None and not await watching.until_ready(self):
             return
         self._leave_gate()
-        await self._while_ready()
-
-    async def _until_ready(self) -> bool:
-        config = self._deps.config
-        assert self.endpoint is not None  # noqa: S101 - set by _start or adoption
-        longest_look_s = 2 * config.probe_timeout_s + probe.TASK_TIMEOUT_S + READY_POLL_S + SLACK_S
-        looked_at = time.monotonic()
-        while not self._stop.is_set():
-            name, path = self.spec.served_model_name, self.traits.health_path
-            reason = await probe.ready(self.endpoint, name, config.probe_timeout_s, health_path=path)
-            now = time.monotonic()
-            self.progress.moved_at = min(now, self.progress.moved_at + unwatched_s(looked_at, now, longest_look_s))
-            looked_at = now
-            if reason is None:
-                self.ready_since = now
-                phases = self.progress.finish(now)
-                total = now - self.progress.started_at
-                self._post(Post(self.number, Event.BECAME_READY, detail={"seconds": round(total, 3), "phases": phases}))
-                return True
-            timed_out = boot_timed_out(
-                elapsed_s=now - self.progress.started_at,
-                since_progress_s=now - self.progress.moved_at,
-                start_timeout_s=config.start_timeout_s,
-                start_stall_timeout_s=config.start_stall_timeout_s,
-            )
-            if timed_out:
-                self._post(Post(self.number, Event.BOOT_TIMED_OUT, detail={"last_probe": reason}))
-                return False
-            await asyncio.sleep(READY_POLL_S)
-        return False
-
-    async def _while_ready(self) -> None:
-        config = self._deps.config
-        assert self.endpoint is not None  # noqa: S101 - set by _start or adoption
-        longest_gap_s = config.probe_interval_s + 2 * config.probe_timeout_s + SLACK_S
-        liveness = Liveness(moved_at=time.monotonic(), longest_gap_s=longest_gap_s)
-        flagged = False
-        tell = partial(self._deps.on_counters, self.launch_id)
-        while not self._stop.is_set():
-            await asyncio.sleep(config.probe_interval_s)
-            sample = await observing.sample(self.endpoint, self.traits, config.probe_timeout_s, tell)
-            liveness = liveness.observe(sample)
-            verdict = liveness.verdict(
-                sample.at,
-                unresponsive_after_s=config.unresponsive_after_s,
-                unhealthy_after_s=config.unhealthy_after_s,
-            )
-            if verdict is Verdict.FAILED:
-                self._post(Post(self.number, Event.PROBES_FAILED))
-                return
-            if flagged != (verdict is Verdict.UNRESPONSIVE):
-                flagged = not flagged
-                self._post(Post(self.number, unresponsive=flagged))
+        while not self.stopping.is_set() and await watching.while_awake(self):
+            await self.awake.wait()
 
 
 def _how_it_ended(record: ExitRecord) -> Event:

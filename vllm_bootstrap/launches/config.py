@@ -44,3 +44,4 @@ class SupervisorConfig:
     gpu_busy_bytes: int
     gpu_settle_timeout_s: float
     gpu_settle_tolerance_bytes: int
+    sleep_memory_reserve_bytes: int = 8 * 1024**3

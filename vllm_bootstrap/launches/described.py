@@ -33,4 +33,7 @@ def traits_in(row: Mapping[str, Any] | None, fresh: Traits) -> Traits:
         EngineRoute(**{**{name: route[name] for name in _ROUTE & route.keys()}, "scopes": frozenset(route["scopes"])})
         for route in stored["routes"]
     )
-    return replace(fresh, routes=routes, **{name: stored[name] for name in _PLAIN & stored.keys()})
+    plain = {name: stored[name] for name in _PLAIN & stored.keys()}
+    if "sleep_levels" in plain:
+        plain["sleep_levels"] = tuple(plain["sleep_levels"])
+    return replace(fresh, routes=routes, **plain)

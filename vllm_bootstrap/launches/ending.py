@@ -32,6 +32,8 @@ _HINTS = {
     FailureClass.SPAWN_FAILED: "See the daemon's own log; check that the engine's interpreter exists and can be run.",
     FailureClass.SHIM_LOST: "The supervising process was killed from outside; what was left of the engine was ended. "
     "Look for the kernel's out-of-memory killer (dmesg) and launch again.",
+    FailureClass.WAKE_FAILED: "The engine was ended. Launch again; if it happens again, launch this model without "
+    "sleep.",
     FailureClass.HOST_REBOOTED: "The machine was restarted. Launch again, or use a restart policy to have it done.",
 }
 
@@ -39,8 +41,8 @@ _HINTS = {
 def explain_end(why: Why, outcome: Outcome, engine: Engine, log_tail: Sequence[str]) -> Failure | None:
     """Why a launch failed, or None when the operator wished it to stop.
 
-    1. operator → None  2. boot timeout  3. unhealthy  4. trouble of ours  5. no exit record → shim lost
-    6. else the engine's own reading of exit code, signal and log.
+    1. operator → None  2. boot timeout  3. unhealthy  4. trouble of ours, or it did not wake  5. no exit record → shim
+    lost  6. else the engine's own reading of exit code, signal and log.
     """
     if why is Why.OPERATOR:  # 1
         return None
@@ -59,6 +61,9 @@ def explain_end(why: Why, outcome: Outcome, engine: Engine, log_tail: Sequence[s
     if outcome.trouble is not None:  # 4
         kind, message = outcome.trouble
         return Failure(kind, message, _HINTS[kind], permanent=False, lines=lines)
+    if why is Why.WAKE_FAILED:
+        kind = FailureClass.WAKE_FAILED
+        return Failure(kind, "The engine did not wake from its sleep.", _HINTS[kind], permanent=False, lines=lines)
     record = outcome.record
     if record is None:  # 5
         kind = FailureClass.SHIM_LOST

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 from functools import partial
+from typing import NamedTuple
 
 from vllm_bootstrap.engines.base import Placement
 from vllm_bootstrap.gpus import settle
@@ -21,6 +22,15 @@ from vllm_bootstrap.launches.store import LaunchStore
 
 POLL_S = 0.5
 RECHECK_S = 5.0
+
+
+class GpuUse(NamedTuple):
+    """``used_bytes`` None: unreadable. ``others_milli``: shares of other launches, ``others_bytes``: what those use
+    that sleep there."""
+
+    used_bytes: int | None
+    others_milli: int
+    others_bytes: int
 
 
 class GpuRelease:
@@ -44,7 +54,10 @@ class GpuRelease:
         used = await self._used()
         return {
             gpu.uuid: settle.baseline(
-                used[gpu.uuid], others_milli=self._others(gpu.uuid, launch_id), total_bytes=gpu.total_bytes
+                used[gpu.uuid],
+                others_milli=self._others(gpu.uuid, launch_id),
+                total_bytes=gpu.total_bytes,
+                residue_bytes=self._ledger.residue_bytes(gpu.uuid, without=launch_id),
             )
             for gpu in placement.gpus
             if gpu.uuid in used
@@ -66,6 +79,7 @@ class GpuRelease:
                     timeout_s=self._timeout_s,
                     others_milli=self._others(uuid, launch_id),
                     total_bytes=gpu.total_bytes,
+                    residue_bytes=self._ledger.residue_bytes(uuid, without=launch_id),
                 )
                 if found.verdict is settle.Verdict.WAITING:
                     continue
@@ -76,6 +90,18 @@ class GpuRelease:
             if waiting:
                 await asyncio.sleep(POLL_S)
         return tuple(given_up)
+
+    async def use(self, launch_id: str, placement: Placement) -> dict[str, GpuUse]:
+        """What is in use on each GPU of a launch right now, and what of it others may use."""
+        used = await self._used()
+        return {
+            gpu.uuid: GpuUse(
+                used.get(gpu.uuid),
+                self._others(gpu.uuid, launch_id),
+                self._ledger.residue_bytes(gpu.uuid, without=launch_id),
+            )
+            for gpu in placement.gpus
+        }
 
     async def recheck_forever(self) -> None:
         """Look at unsettled GPUs every few seconds and free those whose memory came back."""
@@ -97,6 +123,7 @@ class GpuRelease:
                 self._tolerance_bytes,
                 others_milli=self._ledger.claimed_milli(uuid),
                 total_bytes=total,
+                residue_bytes=self._ledger.residue_bytes(uuid),
             )
             if back:
                 await durably(f"GPU {uuid}", partial(self._store.clear_unsettled, uuid))

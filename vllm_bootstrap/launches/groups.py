@@ -6,7 +6,8 @@ The state of a group, first match counts:
 2. every replica has ended → stopped
 3. one at least is ready → ready, as long as there is one: the group serves; ``ready`` says how many do
 4. one at least starts, or waits for its next attempt → bootstrapping
-5. otherwise → stopping
+5. one at least sleeps, or is on its way to or from it → asleep
+6. otherwise → stopping
 
 Nothing here decides anything: a replica lives and dies by itself.
 """
@@ -18,6 +19,7 @@ from collections.abc import Collection, Sequence
 from vllm_bootstrap.launches.lifecycle import TERMINAL, State
 from vllm_bootstrap.launches.types import GroupView, LaunchView, StopOutcome
 
+SLEEPING = frozenset({State.FALLING_ASLEEP.value, State.ASLEEP.value, State.WAKING.value})
 ENDED = frozenset(state.value for state in TERMINAL)
 
 
@@ -29,8 +31,10 @@ def state_of(states: Collection[str]) -> str:
         found = State.READY  # 3
     elif State.BOOTSTRAPPING in states:
         found = State.BOOTSTRAPPING  # 4
+    elif not SLEEPING.isdisjoint(states):
+        found = State.ASLEEP  # 5
     else:
-        found = State.STOPPING  # 5
+        found = State.STOPPING  # 6
     return found.value
 
 

@@ -1,7 +1,11 @@
 """The life of a launch as data: states, events, one table, one ``advance``. PURE.
 
-Invariant: no other file decides a state. A launch owns its GPUs exactly while its state is not terminal, and is
-routable only in ``ready``. An absent (state, event) pair is a programming error and raises.
+Invariant: no other file decides a state. A launch owns its GPUs exactly while its state is neither terminal nor
+``asleep``, and is routable only in ``ready``. An absent (state, event) pair is a programming error and raises.
+
+Sleep: ``asleep`` is entered only once the GPUs' memory is seen free and the claims are parked, ``ready`` from there
+only once the claims are taken again and the engine has answered. While it falls asleep or wakes it keeps its GPUs and
+gets no requests. A launch that ends from ``asleep`` owns no GPU while it is stopping: its claims stay parked.
 
 ``released`` means that the process tree is seen dead **and** the GPUs have settled or were given up as unsettled.
 What it leads to depends on why the launch was stopping and on whether the restart policy grants another attempt, so
@@ -18,14 +22,16 @@ from enum import StrEnum
 
 
 class State(StrEnum):
-    """States as the API shows them. ``asleep`` is reserved for parked models and never entered yet."""
+    """States as the API shows them."""
 
     BOOTSTRAPPING = "bootstrapping"
     READY = "ready"
     STOPPING = "stopping"
     STOPPED = "stopped"
     FAILED = "failed"
+    FALLING_ASLEEP = "falling_asleep"
     ASLEEP = "asleep"
+    WAKING = "waking"
 
 
 class Why(StrEnum):
@@ -34,6 +40,7 @@ class Why(StrEnum):
     OPERATOR = "operator"
     BOOT_TIMEOUT = "boot_timeout"
     UNHEALTHY = "unhealthy"
+    WAKE_FAILED = "wake_failed"
     DIED = "died"
 
 
@@ -42,6 +49,13 @@ class Event(StrEnum):
     STOP_REQUESTED = "stop_requested"
     BOOT_TIMED_OUT = "boot_timed_out"
     PROBES_FAILED = "probes_failed"
+    SLEEP_BEGUN = "sleep_begun"
+    FELL_ASLEEP = "fell_asleep"
+    STAYED_AWAKE = "stayed_awake"
+    WAKE_BEGUN = "wake_begun"
+    WOKE = "woke"
+    STAYED_ASLEEP = "stayed_asleep"
+    WAKE_FAILED = "wake_failed"
     MAIN_EXITED = "main_exited"
     SHIM_LOST = "shim_lost"
     RELEASED = "released"
@@ -61,6 +75,9 @@ class Phase:
 
 BOOTSTRAPPING = Phase(State.BOOTSTRAPPING)
 READY = Phase(State.READY)
+FALLING_ASLEEP = Phase(State.FALLING_ASLEEP)
+ASLEEP = Phase(State.ASLEEP)
+WAKING = Phase(State.WAKING)
 STOPPED = Phase(State.STOPPED)
 FAILED = Phase(State.FAILED)
 STOPPING: Mapping[Why, Phase] = {why: Phase(State.STOPPING, why) for why in Why}
@@ -90,6 +107,28 @@ TRANSITIONS: Mapping[Phase, Mapping[Event, Phase]] = {
     READY: {
         Event.STOP_REQUESTED: STOPPING[Why.OPERATOR],
         Event.PROBES_FAILED: STOPPING[Why.UNHEALTHY],
+        Event.SLEEP_BEGUN: FALLING_ASLEEP,
+        **_DEATHS,
+    },
+    FALLING_ASLEEP: {
+        Event.FELL_ASLEEP: ASLEEP,
+        Event.STAYED_AWAKE: READY,
+        Event.STOP_REQUESTED: STOPPING[Why.OPERATOR],
+        # A probe that was under way when the sleep began may still report, and one that follows a failed sleep.
+        Event.PROBES_FAILED: STOPPING[Why.UNHEALTHY],
+        Event.WAKE_FAILED: STOPPING[Why.WAKE_FAILED],
+        **_DEATHS,
+    },
+    ASLEEP: {
+        Event.WAKE_BEGUN: WAKING,
+        Event.STOP_REQUESTED: STOPPING[Why.OPERATOR],
+        **_DEATHS,
+    },
+    WAKING: {
+        Event.WOKE: READY,
+        Event.STAYED_ASLEEP: ASLEEP,
+        Event.STOP_REQUESTED: STOPPING[Why.OPERATOR],
+        Event.WAKE_FAILED: STOPPING[Why.WAKE_FAILED],
         **_DEATHS,
     },
     **{STOPPING[why]: _stopping(why) for why in Why},
@@ -121,7 +160,8 @@ def is_stale(event_attempt: int, current_attempt: int) -> bool:
 
 
 def owns_gpus(phase: Phase) -> bool:
-    return phase.state not in TERMINAL
+    """Whether the claims of a launch hold. One that stops from ``asleep`` has parked claims until it has ended."""
+    return phase.state not in TERMINAL and phase.state is not State.ASLEEP
 
 
 def is_routable(phase: Phase, *, unresponsive: bool) -> bool:

@@ -17,13 +17,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vllm_bootstrap.engines.base import Engine, Failure, FailureClass, LaunchSpec, Placement
+from vllm_bootstrap.errors import ApiError, Conflict, GpuConflict, SleepFailed, WakeFailed
+from vllm_bootstrap.gpus.ledger import Ledger, LedgerConflict
 from vllm_bootstrap.launches import lifecycle, restart
-from vllm_bootstrap.launches.attempt import Attempt, Post
+from vllm_bootstrap.launches.attempt import Attempt
 from vllm_bootstrap.launches.durably import durably
 from vllm_bootstrap.launches.ending import Outcome, explain_end
 from vllm_bootstrap.launches.lifecycle import Event, State, Why
+from vllm_bootstrap.launches.posts import Post
 from vllm_bootstrap.launches.spec_hash import args_hash, device_name
-from vllm_bootstrap.launches.store import AttemptRow, LaunchRow, LaunchStore
+from vllm_bootstrap.launches.store import NO_RESIDUES, AttemptRow, LaunchRow, LaunchStore
 from vllm_bootstrap.launches.types import EventView, StopOutcome
 
 log = logging.getLogger(__name__)
@@ -40,6 +43,14 @@ class StopWish:
 
 
 @dataclass(frozen=True, slots=True)
+class RestWish:
+    """Somebody wants the launch asleep (``level`` 1 or 2) or awake (0). ``done``: why not, or None, once known."""
+
+    level: int
+    done: asyncio.Future[ApiError | None]
+
+
+@dataclass(frozen=True, slots=True)
 class BackoffOver:
     attempt: int
 
@@ -53,10 +64,12 @@ class Broken:
 
 @dataclass(frozen=True, slots=True)
 class OwnerDeps:
-    """``make_attempt(owner, number)`` builds a fresh attempt. ``on_change``: anything readers see has changed.
-    ``on_event``: a history row was written. ``on_ended``: terminal; claims are gone from the database."""
+    """``claims``: where claims are parked and taken again. ``make_attempt(owner, number)`` builds a fresh attempt.
+    ``on_change``: anything readers see has changed. ``on_event``: a history row was written. ``on_ended``: terminal;
+    claims are gone from the database."""
 
     store: LaunchStore
+    claims: Ledger
     limits: restart.RestartLimits
     make_attempt: Callable[[LaunchOwner], Awaitable[Attempt]]
     on_change: Callable[[LaunchOwner], None]
@@ -79,7 +92,8 @@ class LaunchOwner:
         self.ended = asyncio.Event()
         self._deps = deps
         self._name = f"launch {row.id}"
-        self._inbox: asyncio.Queue[Post | StopWish | BackoffOver | Broken] = asyncio.Queue()
+        self._inbox: asyncio.Queue[Post | StopWish | RestWish | BackoffOver | Broken] = asyncio.Queue()
+        self._rest_wish: RestWish | None = None
         self._journey: asyncio.Task[None] | None = None
         self._backoff: asyncio.TimerHandle | None = None
 
@@ -95,6 +109,22 @@ class LaunchOwner:
         if self.attempt is not None:
             self.attempt.request_stop(force=force)
         self._inbox.put_nowait(StopWish(force))
+
+    async def rest(self, level: int) -> None:
+        """Fall asleep at ``level``, or wake (0); returns when it has. Raises ``Conflict`` when it is not in the state
+        for it or did not get there, ``GpuConflict`` when its GPUs are others' by now. Cancelling the caller changes
+        nothing."""
+        wish = RestWish(level, asyncio.get_running_loop().create_future())
+        self._inbox.put_nowait(wish)
+        ended = asyncio.ensure_future(self.ended.wait())
+        either: set[asyncio.Future[Any]] = {wish.done, ended}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+        why = wish.done.result() if wish.done.done() else Conflict(f"Launch {self.row.id} has ended meanwhile.")
+        if why is not None:
+            raise why
 
     async def stopped(self) -> StopOutcome:
         """Wait for the end. Cancelling the caller does not cancel the stop."""
@@ -142,6 +172,7 @@ class LaunchOwner:
         self.dead.clear()
         self._journey = asyncio.create_task(attempt.run(), name=f"attempt {self.row.id}/{attempt.number}")
         self._journey.add_done_callback(self._journey_over)
+        attempt.rest(self.phase.state)  # where an earlier daemon had left it half asleep
         self._deps.on_change(self)
 
     def _journey_over(self, task: asyncio.Task[None]) -> None:
@@ -153,11 +184,13 @@ class LaunchOwner:
             self.withdrawn = True
             self._deps.on_change(self)
 
-    async def _handle(self, message: Post | StopWish | BackoffOver | Broken) -> None:
+    async def _handle(self, message: Post | StopWish | RestWish | BackoffOver | Broken) -> None:
         if isinstance(message, Broken):
             raise message.cause
         if isinstance(message, StopWish):
             await self._on_stop_wish(message)
+        elif isinstance(message, RestWish):
+            await self._on_rest_wish(message)
         elif lifecycle.is_stale(message.attempt, self.row.attempt):
             log.debug("launch %s: dropped a fact of attempt %d", self.row.id, message.attempt)
         elif isinstance(message, BackoffOver):
@@ -168,7 +201,7 @@ class LaunchOwner:
         elif message.unresponsive is not None:
             await self._on_unresponsive(unresponsive=message.unresponsive)
         elif message.event is not None:
-            await self._on_event(message.event, message.detail)
+            await self._on_event(message.event, message.detail, message.residues)
 
     async def _on_stop_wish(self, wish: StopWish) -> None:
         if self.attempt is not None:
@@ -179,6 +212,35 @@ class LaunchOwner:
                 self._backoff.cancel()
             await self._on_released(Outcome(record=None, forced=False))
 
+    async def _on_rest_wish(self, wish: RestWish) -> None:
+        wanted = State.READY if wish.level else State.ASLEEP
+        if self.phase.state is not wanted or self.withdrawn or self.unresponsive or self.attempt is None:
+            state = "unresponsive" if self.unresponsive else self.phase.state.value
+            wish.done.set_result(Conflict(f"Launch {self.row.id} is {state}, not {wanted.value}."))
+            return
+        if not wish.level:
+            try:
+                self._deps.claims.unpark(self.row.id)
+            except LedgerConflict as exc:
+                owned = [{"uuid": exc.uuid, "owners": list(exc.owners)}]
+                wish.done.set_result(GpuConflict(f"Its GPU {exc}.", param="gpu_ids", details={"gpus": owned}))
+                return
+        self._rest_wish = wish
+        detail: dict[str, object] = {"level": wish.level} if wish.level else {}
+        await self._on_event(Event.SLEEP_BEGUN if wish.level else Event.WAKE_BEGUN, detail)
+        self.attempt.rest(self.phase.state, wish.level)
+
+    def _rest_over(self, event: Event, detail: Mapping[str, object]) -> None:
+        wish, self._rest_wish = self._rest_wish, None
+        if wish is None or wish.done.done():
+            return
+        reached = event in {Event.FELL_ASLEEP, Event.WOKE}
+        why = detail.get("reason") or detail.get("message") or event.value
+        failed = (SleepFailed if wish.level else WakeFailed)(
+            f"Launch {self.row.id} is {self.phase.state.value}: {why}."
+        )
+        wish.done.set_result(None if reached else failed)
+
     async def _on_unresponsive(self, *, unresponsive: bool) -> None:
         if self.phase.state is not State.READY:
             return
@@ -188,7 +250,9 @@ class LaunchOwner:
         log.warning("launch %s is %s", self.row.id, name)
         await durably(self._name, lambda: self._deps.store.note(self.row.id, self.row.attempt, name, time.time(), {}))
 
-    async def _on_event(self, event: Event, detail: dict[str, object]) -> None:
+    async def _on_event(
+        self, event: Event, detail: dict[str, object], residues: Mapping[str, int] = NO_RESIDUES
+    ) -> None:
         before = self.phase
         after = lifecycle.advance(before, event)
         if after == before:
@@ -196,13 +260,19 @@ class LaunchOwner:
         if after.state is not State.READY:
             self.unresponsive = False
         self._enter(after)
-        if event in {Event.BOOT_TIMED_OUT, Event.PROBES_FAILED} and self.attempt is not None:
+        if event in {Event.BOOT_TIMED_OUT, Event.PROBES_FAILED, Event.WAKE_FAILED} and self.attempt is not None:
             self.attempt.request_stop(force=False)
         if after.state is State.READY:
             self.row = replace(self.row, failure=None)
-        await self._write(before, after, event, detail)
+        await self._write(before, after, event, detail, residues=residues)
+        if after.state is State.ASLEEP:
+            self._deps.claims.park(self.row.id, residues)
         if event is Event.BECAME_READY:
             await self._record_start(detail)
+        elif event is Event.WOKE:
+            await self._record_wake(detail)
+        if after.state not in {State.FALLING_ASLEEP, State.WAKING}:
+            self._rest_over(event, detail)
 
     async def _on_released(self, outcome: Outcome) -> None:
         before = self.phase
@@ -230,6 +300,10 @@ class LaunchOwner:
 
     async def _restart_decision(self, outcome: Outcome, failure: Failure | None) -> restart.RestartDecision:
         policy = str(self.row.restart.get("policy", restart.NEVER))
+        if self._deps.claims.parked(self.row.id):
+            return restart.RestartDecision(
+                restart=False, delay_s=0.0, reason="it slept: its GPUs may be others' by now"
+            )
         if failure is not None and failure.failure_class is FailureClass.HOST_REBOOTED:
             again = restart.relaunch_after_reboot(policy)
             return restart.RestartDecision(again, 0.0, f"the machine was restarted and the restart policy is {policy}")
@@ -262,6 +336,7 @@ class LaunchOwner:
         *,
         failure: Failure | None = None,
         again: bool = False,
+        residues: Mapping[str, int] = NO_RESIDUES,
     ) -> None:
         store, row = self._deps.store, self.row
         view = await durably(
@@ -275,7 +350,7 @@ class LaunchOwner:
                 time.time(),
                 detail,
                 failure=asdict(failure) if failure is not None else None,
-                release_claims=after.state in lifecycle.TERMINAL,
+                residues=residues,
                 new_attempt=row.attempt + 1 if again else None,
             ),
         )
@@ -289,6 +364,13 @@ class LaunchOwner:
         key = (spec.model, spec.engine, device_name(self.placement), args_hash(spec))
         await durably(self._name, lambda: store.record_start(*key, seconds, phases, time.time()))
         await durably(self._name, lambda: store.save_attempt(row.id, row.attempt, ready_at=time.time()))
+
+    async def _record_wake(self, detail: dict[str, object]) -> None:
+        seconds, level = detail.get("seconds"), detail.get("level")
+        if isinstance(seconds, float) and isinstance(level, int):
+            store, spec = self._deps.store, self.spec
+            key = (spec.model, spec.engine, device_name(self.placement), args_hash(spec))
+            await durably(self._name, lambda: store.record_wake(*key, level, seconds, time.time()))
 
 
 def _limits_of(spec: Mapping[str, Any], defaults: restart.RestartLimits) -> restart.RestartLimits:

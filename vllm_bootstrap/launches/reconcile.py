@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from vllm_bootstrap.engines.base import Gpu, LaunchSpec, Placement
+from vllm_bootstrap.engines.base import Gpu, Placement
 from vllm_bootstrap.errors import ApiError
 from vllm_bootstrap.gpus.inventory import Inventory, Snapshot
 from vllm_bootstrap.gpus.ledger import Ledger
@@ -27,10 +27,12 @@ from vllm_bootstrap.launches.gpu_release import GpuRelease
 from vllm_bootstrap.launches.lifecycle import BOOTSTRAPPING, State
 from vllm_bootstrap.launches.owner import LaunchOwner
 from vllm_bootstrap.launches.process import ProcessHost, Shim, ShimLost
+from vllm_bootstrap.launches.resting import facts_in
 from vllm_bootstrap.launches.store import AttemptRow, LaunchRow, LaunchStore
 from vllm_bootstrap.launches.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
+SERVED = frozenset({State.READY, State.FALLING_ASLEEP, State.ASLEEP, State.WAKING})
 
 
 class Resumed(NamedTuple):
@@ -66,6 +68,7 @@ class Reconciler:
             if row.phase.state in {State.STOPPED, State.FAILED}:
                 self._supervisor.remember_ended(row)
         self._ledger.restore(await self._store.claims())
+        self._ledger.restore_parked(await self._store.parked())
         self._gpus.restore(await self._store.unsettled())
         resumed: list[Resumed] = []
         adopted: set[tuple[str, int]] = set()
@@ -88,7 +91,7 @@ class Reconciler:
             await asyncio.sleep(0)  # let the owner's task start its attempt, in this order
 
     async def _resume(self, row: LaunchRow, stored: AttemptRow | None, snapshot: Snapshot) -> Resumed:
-        spec = LaunchSpec(**row.spec)
+        spec = recovery.spec_of(row.spec)
         placement = await self._placement(row, stored, snapshot)
         engine = self._supervisor.engines.get(row.engine) or self._supervisor.engines["vllm"]
         handle = recovery.handle_of(stored.handle if stored else None)
@@ -129,7 +132,7 @@ class Reconciler:
     ) -> Attempt:
         row, spec, placement, engine = owner.row, owner.spec, owner.placement, owner.engine
         deps, number = self._attempts, row.attempt
-        was_ready = row.phase.state is State.READY or (stored is not None and stored.ready_at is not None)
+        was_ready = row.phase.state in SERVED or (stored is not None and stored.ready_at is not None)
         endpoint = self._contexts.restore_endpoint(row.id, number, stored.endpoint if stored else None)
         baseline = dict(stored.baseline) if stored else {}
         match finding:
@@ -155,7 +158,7 @@ class Reconciler:
                 return Attempt(
                     deps, row.id, number, spec, placement, engine, owner.post,
                     adopted=shim, adopted_endpoint=endpoint, adopted_traits=traits, adopted_ready=was_ready,
-                    baseline=baseline, resumed=True,
+                    baseline=baseline, resumed=True, sleep=facts_in(stored.sleep if stored else None),
                 )  # fmt: skip
 
     async def _placement(self, row: LaunchRow, stored: AttemptRow | None, snapshot: Snapshot) -> Placement:

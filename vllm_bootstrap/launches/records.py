@@ -49,7 +49,8 @@ class NewLaunch(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class AttemptRow:
     """One start of a launch. ``handle`` finds the shim again, ``engine`` is the main process (pid, start_ticks,
-    boot_id), ``baseline`` the memory in use on each GPU (by UUID) before the start."""
+    boot_id), ``baseline`` the memory in use on each GPU (by UUID) before the start, ``sleep`` how it sleeps (see
+    ``sleep_facts``)."""
 
     launch_id: str
     attempt: int
@@ -59,6 +60,7 @@ class AttemptRow:
     placement: Mapping[str, Any] | None = None
     endpoint: Mapping[str, Any] | None = None
     exit: Mapping[str, Any] | None = None
+    sleep: Mapping[str, Any] | None = None
     started_at: float | None = None
     ready_at: float | None = None
     ended_at: float | None = None
@@ -85,3 +87,10 @@ class StaleTransition(Exception):
         self.launch_id = launch_id
         self.expected = expected
         self.found = found
+
+
+def median(values: Sequence[float]) -> float | None:
+    """The middle of some durations, None of none."""
+    # By hand: the statistics module would bring decimal and fractions into every daemon's memory.
+    ordered = sorted(values)
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2 if ordered else None

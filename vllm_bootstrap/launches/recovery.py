@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_bootstrap.engines.base import FailureClass
+from vllm_bootstrap.engines.base import FailureClass, LaunchSpec
 from vllm_bootstrap.launches.types import ExitRecord, ProcessIdentity, ShimHandle
 
 
@@ -77,6 +77,11 @@ def find(facts: Facts, *, now: float) -> Finding:
         return Finished(never_ran) if facts.stopping else Again()  # 6
     message = "The process that supervised the engine was gone when the daemon came back."
     return Lost(FailureClass.SHIM_LOST, message)  # 7
+
+
+def spec_of(stored: Mapping[str, Any]) -> LaunchSpec:
+    """A launch's spec from its stored form, which may be older than some of the fields."""
+    return LaunchSpec(**{**stored, "aliases": tuple(stored.get("aliases", ()))})
 
 
 def handle_of(stored: Mapping[str, Any] | None) -> ShimHandle | None:

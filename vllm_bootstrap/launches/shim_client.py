@@ -21,6 +21,8 @@ from vllm_bootstrap.launches.types import ExitRecord, ProcessIdentity, ShimHandl
 
 START_S = 30.0
 LINGER_S = 2.0
+# Another program that takes locks is done within milliseconds.
+GATE_PAUSES_S = (0.01, 0.05, 0.2, 0.5, 1.0)
 RECONNECT_PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -29,8 +31,8 @@ class ShimLost(ConnectionError):
 
 
 class ShimRefused(Exception):
-    """The shim did not start the engine. ``kind``: ``gpu_locked``, ``spawn_failed``, ``stopping``, ``bad_order``,
-    ``already_started``. The text is a sentence for people."""
+    """The shim did not do it: mostly, did not start the engine. ``kind``: ``gpu_locked``, ``spawn_failed``,
+    ``stopping``, ``bad_order``, ``already_started``, ``unknown_op``, ``busy``. The text is a sentence for people."""
 
     def __init__(self, reason: str, kind: str) -> None:
         super().__init__(reason)
@@ -56,17 +58,19 @@ class Hello:
     phase: str
     engine: ProcessIdentity | None
     main: MainExit | None
+    can_unlock: bool = False
 
 
 class Shim:
     """``handle`` finds it again; ``engine`` is its engine's main process once started; ``main_exited`` is done as soon
-    as that process is dead (never, when none was started)."""
+    as that process is dead (never, when none was started). ``can_unlock``: it can give up its GPUs' lock files while
+    its engine sleeps; one that an earlier release left cannot."""
 
     def __init__(
         self, handle: ShimHandle, connection: ControlConnection, watch: ExitWatch, hello: Hello, answer_s: float
     ) -> None:
         loop = asyncio.get_running_loop()
-        self.handle = handle
+        self.handle, self.can_unlock = handle, hello.can_unlock
         self._answer_s = answer_s
         self.engine: ProcessIdentity | None = None
         self.main_exited: asyncio.Future[MainExit] = loop.create_future()
@@ -111,6 +115,19 @@ class Shim:
     async def status(self) -> Message:
         """What the shim says about itself (see ``shim.protocol``). Raises ``ShimLost``."""
         return await self._ask("status")
+
+    async def unlock_gpus(self) -> None:
+        """Give up the GPUs' lock files: the engine sleeps. Idempotent. Raises ``ShimLost``, ``ShimRefused``."""
+        _accepted(await self._ask("unlock"))
+
+    async def lock_gpus(self) -> None:
+        """Take them again. Idempotent. Raises ``ShimLost``, ``ShimRefused`` (``gpu_locked``)."""
+        for pause in GATE_PAUSES_S:
+            answer = await self._ask("lock")
+            if answer["ok"] or answer["kind"] != "busy":
+                break
+            await asyncio.sleep(pause)
+        _accepted(answer)
 
     async def wait(self) -> ExitRecord | None:
         """The exit record, once the tree is seen dead; None when the shim was killed instead."""
@@ -270,12 +287,18 @@ async def _hello(connection: ControlConnection, timeout_s: float) -> Hello:
             answer["phase"],
             None if engine is None else ProcessIdentity(**engine),
             None if main is None else MainExit(main["exit_code"], main["signal"]),
+            "locked" in answer,
         )
     except (KeyError, TypeError) as exc:
         raise StrangerAnswers(f"the answer to hello cannot be understood: {exc!r}") from None
     if hello.protocol not in protocol.SUPPORTED:
         raise StrangerAnswers(f"protocol {hello.protocol} is not supported")
     return hello
+
+
+def _accepted(answer: Message) -> None:
+    if not answer["ok"]:
+        raise ShimRefused(answer["reason"], answer["kind"])
 
 
 def exit_record_in(run_dir: Path, launch_id: str, attempt: int) -> ExitRecord | None:

@@ -8,34 +8,49 @@ It decides nothing: states come from ``lifecycle``, claims from ``placement``. I
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from typing import Any
 
-from vllm_bootstrap.db import Database, load_queries
-from vllm_bootstrap.errors import Conflict, GpuConflict
-from vllm_bootstrap.gpus.ledger import Claim
-from vllm_bootstrap.launches.lifecycle import TERMINAL, Phase, State, Why, owns_gpus
-from vllm_bootstrap.launches.records import AttemptRow, IdempotentReplay, LaunchRow, NewLaunch, StaleTransition
+from vllm_bootstrap.db import Database
+from vllm_bootstrap.errors import Conflict
+from vllm_bootstrap.gpus.ledger import Claim, Parked
+from vllm_bootstrap.launches.claim_rows import SQL, claim, park, unpark
+from vllm_bootstrap.launches.lifecycle import TERMINAL, Phase, State
+from vllm_bootstrap.launches.records import (
+    AttemptRow,
+    IdempotentReplay,
+    LaunchRow,
+    NewLaunch,
+    StaleTransition,
+    median,
+)
+from vllm_bootstrap.launches.rows import (
+    attempt_values,
+    dump,
+    launch_values,
+    phase_name,
+    stored_phase,
+    to_attempt,
+    to_claim,
+    to_event,
+    to_launch,
+)
 from vllm_bootstrap.launches.types import EventView
 
 __all__ = ["AttemptRow", "Claim", "IdempotentReplay", "LaunchRow", "LaunchStore", "NewLaunch", "StaleTransition"]
 
-SQL = load_queries(Path(__file__).with_name("queries.sql"))
 STARTS_COUNTED, STARTS_KEPT = 5, 20
 LARGEST_SEQ = 2**63 - 1  # callers may ask for more than SQLite can count
 NO_DETAIL: Mapping[str, Any] = {}
+NO_RESIDUES: Mapping[str, int] = {}
 
 # Named here because the class has a method called list.
 Launches = list[LaunchRow]
 Unfinished = list[tuple[LaunchRow, AttemptRow | None]]
 Events = list[EventView]
 LaunchIds = list[str]
-_LAUNCH_JSON = ("spec", "labels", "restart", "placement", "failure", "transitions")
-_ATTEMPT_JSON = ("handle", "engine", "baseline", "placement", "endpoint", "exit")
 _ATTEMPT_COLUMNS = frozenset(f.name for f in fields(AttemptRow)) - {"launch_id", "attempt"}
 
 
@@ -80,8 +95,8 @@ class LaunchStore:
             told = []
             for row, claims, placement in launches:
                 stored = row if placement is None else replace(row, placement=placement)
-                conn.execute(SQL["insert_launch"], _launch_values(stored))
-                _claim(conn, row, claims)
+                conn.execute(SQL["insert_launch"], launch_values(stored))
+                claim(conn, row, claims)
                 told.append(_append(conn, row.id, row.attempt, row.created_at, event, None, row.phase, detail))
             if idempotency is not None:
                 owner, key, request_hash = idempotency
@@ -110,31 +125,38 @@ class LaunchStore:
         *,
         failure: Mapping[str, Any] | None = None,
         release_claims: bool = False,
+        residues: Mapping[str, int] = NO_RESIDUES,
         new_attempt: int | None = None,
     ) -> EventView:
         """Move a launch from ``frm`` to ``to``, with its history row.
 
         ``failure`` None keeps the stored one, but becoming ready clears it. Claims are released when ``to`` is
-        terminal or ``release_claims``. ``new_attempt`` begins the next attempt; the history row still speaks of
-        ``attempt``. Raises ``StaleTransition`` when the launch is not in ``frm`` and ``attempt``.
+        terminal or ``release_claims``, parked when it is asleep (``residues``: bytes the launch still uses, by GPU),
+        taken again when it begins to wake. ``new_attempt`` begins the next attempt; the history row still speaks of
+        ``attempt``. Raises ``StaleTransition`` when the launch is not in ``frm`` and ``attempt``, ``GpuConflict`` when
+        parked claims cannot be taken again.
         """
 
         def work(conn: sqlite3.Connection) -> EventView:
             row = _launch(conn, launch_id)
             if row is None or (row.phase, row.attempt) != (frm, attempt):
-                found = None if row is None else f"{_phase_name(row.phase)} in attempt {row.attempt}"
-                raise StaleTransition(launch_id, f"{_phase_name(frm)} in attempt {attempt}", found)
-            if release_claims or not owns_gpus(to):
+                found = None if row is None else f"{phase_name(row.phase)} in attempt {row.attempt}"
+                raise StaleTransition(launch_id, f"{phase_name(frm)} in attempt {attempt}", found)
+            if release_claims or to.state in TERMINAL:
                 conn.execute(SQL["release_claims"], {"owner_id": launch_id})
+            elif to.state is State.ASLEEP:
+                park(conn, row, residues)
+            elif to.state is State.WAKING:
+                unpark(conn, row)
             kept = None if to.state is State.READY else row.failure
             conn.execute(SQL["move_launch"], {
                 "id": launch_id, "attempt": attempt, "at": at,
-                "from_state": frm.state.value, "from_why": frm.why and frm.why.value,
-                "to_state": to.state.value, "to_why": to.why and to.why.value,
+                **stored_phase("from_", frm),
+                **stored_phase("to_", to),
                 "new_attempt": attempt if new_attempt is None else new_attempt,
                 "ended_at": at if to.state in TERMINAL else None,
-                "failure": _dump(kept if failure is None else failure),
-                "transitions": _dump({**row.transitions, to.state.value: at}),
+                "failure": dump(kept if failure is None else failure),
+                "transitions": dump({**row.transitions, to.state.value: at}),
             })  # fmt: skip
             return _append(conn, launch_id, attempt, at, event, frm, to, detail)
 
@@ -160,35 +182,34 @@ class LaunchStore:
 
         def work(conn: sqlite3.Connection) -> AttemptRow:
             row = replace(_attempt(conn, launch_id, attempt) or AttemptRow(launch_id, attempt), **changed)
-            values = asdict(row)
-            conn.execute(SQL["save_attempt"], {**values, **{name: _dump(values[name]) for name in _ATTEMPT_JSON}})
+            conn.execute(SQL["save_attempt"], attempt_values(row))
             return row
 
         return await self._db.write(work)
 
     async def attempts(self, launch_id: str) -> list[AttemptRow]:
         """All attempts of a launch, oldest first."""
-        return [_to_attempt(row) for row in await self._all("attempts", launch_id=launch_id)]
+        return [to_attempt(row) for row in await self._all("attempts", launch_id=launch_id)]
 
     async def get(self, launch_id: str) -> LaunchRow | None:
         row = await self._one("launch", id=launch_id)
-        return None if row is None else _to_launch(row)
+        return None if row is None else to_launch(row)
 
     async def group(self, group_id: str) -> Launches:
         """The launches that share a group id, oldest first."""
-        return [_to_launch(row) for row in await self._all("group_members", group_id=group_id)]
+        return [to_launch(row) for row in await self._all("group_members", group_id=group_id)]
 
     async def list(self, *, active_only: bool = True, after: str | None = None, limit: int = 100) -> Launches:
         """Launches, newest first, beginning behind the id ``after``."""
         name = "active_launches_newest_first" if active_only else "launches_newest_first"
-        return [_to_launch(row) for row in await self._all(name, after=after, limit=limit)]
+        return [to_launch(row) for row in await self._all(name, after=after, limit=limit)]
 
     async def unfinished(self) -> Unfinished:
         """This node's launches that have not ended, oldest first, each with the row of its current attempt where one
         was stored: what a new daemon has to look after."""
 
         def work(conn: sqlite3.Connection) -> Unfinished:
-            rows = [_to_launch(row) for row in conn.execute(SQL["unfinished_launches"], {"node_id": self._node_id})]
+            rows = [to_launch(row) for row in conn.execute(SQL["unfinished_launches"], {"node_id": self._node_id})]
             return [(row, _attempt(conn, row.id, row.attempt)) for row in rows]
 
         return await self._db.read(work)
@@ -201,20 +222,27 @@ class LaunchStore:
     async def claims(self) -> dict[str, tuple[Claim, ...]]:
         """This node's claims by owner, as ``Ledger.restore`` takes them."""
         held: dict[str, tuple[Claim, ...]] = {}
-        for row in await self._all("claims", node_id=self._node_id):
-            claim = Claim(row["gpu_uuid"], row["share_milli"], bool(row["shared"]))
-            held[row["owner_id"]] = (*held.get(row["owner_id"], ()), claim)
+        for row in await self._all("claims", node_id=self._node_id, owner_kind="launch"):
+            held[row["owner_id"]] = (*held.get(row["owner_id"], ()), to_claim(row))
         return held
+
+    async def parked(self) -> dict[str, tuple[Parked, ...]]:
+        """This node's parked claims by owner, as ``Ledger.restore_parked`` takes them."""
+        found: dict[str, tuple[Parked, ...]] = {}
+        for row in await self._all("claims", node_id=self._node_id, owner_kind="parked"):
+            parked = Parked(to_claim(row), row["residue_bytes"])
+            found[row["owner_id"]] = (*found.get(row["owner_id"], ()), parked)
+        return found
 
     async def events(self, launch_id: str, after_seq: int = 0, limit: int = 1000) -> Events:
         """History rows of a launch behind ``after_seq``, oldest first."""
         rows = await self._all("events", launch_id=launch_id, after_seq=min(after_seq, LARGEST_SEQ), limit=limit)
-        return [_to_event(row) for row in rows]
+        return [to_event(row) for row in rows]
 
     async def group_events(self, group_id: str, after_seq: int = 0, limit: int = 1000) -> Events:
         """Likewise of all launches of a group."""
         rows = await self._all("group_events", group_id=group_id, after_seq=min(after_seq, LARGEST_SEQ), limit=limit)
-        return [_to_event(row) for row in rows]
+        return [to_event(row) for row in rows]
 
     async def delete(self, *launch_ids: str) -> bool:
         """Forget ended launches with attempts and history, all or none. False when there is none; ``Conflict`` while
@@ -268,7 +296,7 @@ class LaunchStore:
         kind = {"model": model, "engine": engine, "device": device, "args_hash": args_hash}
 
         def work(conn: sqlite3.Connection) -> None:
-            conn.execute(SQL["record_start"], {**kind, "total_s": total_s, "phases": _dump(phases), "at": at})
+            conn.execute(SQL["record_start"], {**kind, "total_s": total_s, "phases": dump(phases), "at": at})
             conn.execute(SQL["forget_old_starts"], {**kind, "limit": STARTS_KEPT})
 
         await self._db.write(work)
@@ -276,9 +304,24 @@ class LaunchStore:
     async def estimate(self, model: str, engine: str, device: str, args_hash: str) -> float | None:
         """Seconds a start of this kind takes: the median of the last five, None when there was none."""
         kind = {"model": model, "engine": engine, "device": device, "args_hash": args_hash}
-        totals = sorted(row["total_s"] for row in await self._all("recent_starts", **kind, limit=STARTS_COUNTED))
-        # By hand: the statistics module would bring decimal and fractions into every daemon's memory.
-        return (totals[(len(totals) - 1) // 2] + totals[len(totals) // 2]) / 2 if totals else None
+        return median([row["total_s"] for row in await self._all("recent_starts", **kind, limit=STARTS_COUNTED)])
+
+    async def record_wake(
+        self, model: str, engine: str, device: str, args_hash: str, level: int, total_s: float, at: float
+    ) -> None:
+        """Remember how long it took from asleep at ``level`` to ready. Only the newest few are kept."""
+        kind = {"model": model, "engine": engine, "device": device, "args_hash": args_hash, "level": level}
+
+        def work(conn: sqlite3.Connection) -> None:
+            conn.execute(SQL["record_wake"], {**kind, "total_s": total_s, "at": at})
+            conn.execute(SQL["forget_old_wakes"], {**kind, "limit": STARTS_KEPT})
+
+        await self._db.write(work)
+
+    async def estimate_wake(self, model: str, engine: str, device: str, args_hash: str, level: int) -> float | None:
+        """Seconds until such a launch is awake: the median of the last five times, None when there was none."""
+        kind = {"model": model, "engine": engine, "device": device, "args_hash": args_hash, "level": level}
+        return median([row["total_s"] for row in await self._all("recent_wakes", **kind, limit=STARTS_COUNTED)])
 
     async def _run(self, name: str, values: Mapping[str, Any]) -> None:
         await self._db.write(lambda conn: conn.execute(SQL[name], values).rowcount)
@@ -303,23 +346,6 @@ def _forget(conn: sqlite3.Connection, launch_id: str) -> int:
     return conn.execute(SQL["delete_launch"], {"id": launch_id}).rowcount
 
 
-def _claim(conn: sqlite3.Connection, row: LaunchRow, claims: Sequence[Claim]) -> None:
-    for claim in claims:
-        where = {"node_id": row.node_id, "gpu_uuid": claim.uuid}
-        what = {"owner_id": row.id, "share_milli": claim.share_milli, "shared": claim.shared}
-        try:
-            conn.execute(SQL["insert_claim"], {**where, **what})
-        except sqlite3.IntegrityError as exc:
-            if not str(exc).startswith("gpu_conflict"):
-                raise
-            owners = [found["owner_id"] for found in conn.execute(SQL["claim_owners"], where)]
-            raise GpuConflict(
-                f"GPU {claim.uuid} is owned by {', '.join(owners)}.",
-                param="gpu_ids",
-                details={"gpus": [{"uuid": claim.uuid, "owners": owners}]},
-            ) from exc
-
-
 def _append(
     conn: sqlite3.Connection,
     launch_id: str,
@@ -332,50 +358,15 @@ def _append(
 ) -> EventView:
     told = dict(detail) if to.why is None else {"why": to.why.value, **detail}
     view = EventView(0, launch_id, attempt, at, event, None if frm is None else frm.state.value, to.state.value, told)
-    cursor = conn.execute(SQL["insert_event"], {**asdict(view), "detail": _dump(told)})
+    cursor = conn.execute(SQL["insert_event"], {**asdict(view), "detail": dump(told)})
     return replace(view, seq=int(cursor.lastrowid or 0))
 
 
 def _attempt(conn: sqlite3.Connection, launch_id: str, attempt: int) -> AttemptRow | None:
     row = conn.execute(SQL["attempt"], {"launch_id": launch_id, "attempt": attempt}).fetchone()
-    return None if row is None else _to_attempt(row)
+    return None if row is None else to_attempt(row)
 
 
 def _launch(conn: sqlite3.Connection, launch_id: str) -> LaunchRow | None:
     row = conn.execute(SQL["launch"], {"id": launch_id}).fetchone()
-    return None if row is None else _to_launch(row)
-
-
-def _launch_values(row: LaunchRow) -> dict[str, Any]:
-    values = {f.name: getattr(row, f.name) for f in fields(row) if f.name != "phase"}
-    values.update({name: _dump(values[name]) for name in _LAUNCH_JSON})
-    return {**values, "state": row.phase.state.value, "why": row.phase.why and row.phase.why.value}
-
-
-def _to_launch(row: sqlite3.Row) -> LaunchRow:
-    values = dict(row)
-    phase = Phase(State(values.pop("state")), None if row["why"] is None else Why(row["why"]))
-    del values["why"]
-    values.update({name: _load(values[name]) for name in _LAUNCH_JSON})
-    return LaunchRow(phase=phase, **values)
-
-
-def _to_attempt(row: sqlite3.Row) -> AttemptRow:
-    values = dict(row)
-    return AttemptRow(**{**values, **{name: _load(values[name]) for name in _ATTEMPT_JSON}})
-
-
-def _to_event(row: sqlite3.Row) -> EventView:
-    return EventView(**{**dict(row), "detail": _load(row["detail"])})
-
-
-def _phase_name(phase: Phase) -> str:
-    return phase.state.value if phase.why is None else f"{phase.state.value} ({phase.why.value})"
-
-
-def _dump(value: Any) -> str | None:
-    return None if value is None else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def _load(text: str | None) -> Any:
-    return None if text is None else json.loads(text)
+    return None if row is None else to_launch(row)

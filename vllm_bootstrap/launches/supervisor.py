@@ -10,22 +10,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm_bootstrap.engines.base import Engine
+from vllm_bootstrap.engines.base import Engine, LaunchSpec, Placement
 from vllm_bootstrap.errors import ApiError, BadRequest, Conflict, NotFound, StorageFailed
 from vllm_bootstrap.gpus.inventory import Inventory, Snapshot
 from vllm_bootstrap.gpus.ledger import Ledger
 from vllm_bootstrap.launches import groups, restart, views
-from vllm_bootstrap.launches.accepting import Accepted, Acceptor
+from vllm_bootstrap.launches.accepting import Accepted, Acceptor, fits_always
 from vllm_bootstrap.launches.attempt import Attempt, AttemptDeps
 from vllm_bootstrap.launches.config import SupervisorConfig
 from vllm_bootstrap.launches.gpu_release import GpuRelease
 from vllm_bootstrap.launches.logs import LogReader, ended_logs_cap
 from vllm_bootstrap.launches.owner import LaunchOwner, OwnerDeps
+from vllm_bootstrap.launches.sleep_desk import SleepDesk
 from vllm_bootstrap.launches.store import LaunchRow, LaunchStore
 from vllm_bootstrap.launches.types import EventView, GroupView, LaunchOrder, LaunchView, StopOutcome
 from vllm_bootstrap.serving import Advert
@@ -56,6 +57,7 @@ class Supervisor:
         on_forget: Callable[[str], None],
         on_fatal: Callable[[BaseException], None],
         on_event: Callable[[EventView], None] = lambda _event: None,
+        fit: Callable[[LaunchSpec, Placement], Awaitable[None]] = fits_always,
     ) -> None:
         self.engines = engines
         self._config, self._store, self._ledger, self._attempts = config, store, ledger, attempts
@@ -66,15 +68,16 @@ class Supervisor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._watchers: set[asyncio.Queue[EventView]] = set()
         self._groups: dict[str, set[str]] = {}
-        self._acceptor = Acceptor(config, store, engines, inventory, ledger, gpus, self._begin, self.own_pids)
+        self._acceptor = Acceptor(config, store, engines, inventory, ledger, gpus, self._begin, self.own_pids, fit)
         limits = restart.RestartLimits(
             max_attempts=config.restart_max_attempts,
             backoff_s=config.restart_backoff_s,
             backoff_max_s=config.restart_backoff_max_s,
             reset_s=config.restart_reset_s,
         )
+        self._sleep = SleepDesk(config, store, inventory, ledger, gpus, self._owners, self.own_pids)
         self._owner_deps = OwnerDeps(
-            store, limits, self._fresh_attempt, self._changed, self._event_written, self._owner_ended
+            store, ledger, limits, self._fresh_attempt, self._changed, self._event_written, self._owner_ended
         )
 
     # -- launching ----------------------------------------------------------------------------------------------
@@ -100,6 +103,11 @@ class Supervisor:
             self._attempts, owner.row.id, owner.row.attempt, owner.spec, owner.placement, owner.engine, owner.post,
             estimate_s=estimate_s,
         )  # fmt: skip
+
+    async def estimate(self, order: LaunchOrder) -> float | None:
+        """Seconds its start will take on GPUs as there are here, None when there was none like it yet. Raises
+        ``BadRequest`` for an order that could not be launched."""
+        return await self._acceptor.estimate_of(order)
 
     # -- owners -------------------------------------------------------------------------------------------------
 
@@ -263,6 +271,34 @@ class Supervisor:
         """Bytes of output that the logs of active launches could not take. Asks each shim, for a second at most."""
         attempts = [owner.attempt for owner in self._owners.values() if owner.attempt is not None]
         return sum(await asyncio.gather(*(attempt.dropped_log_bytes() for attempt in attempts)))
+
+    # -- sleeping -----------------------------------------------------------------------------------------------
+
+    def can_sleep(self, launch_id: str) -> bool:
+        """Whether a launch was started so that it can sleep. Raises ``NotFound``. Never blocks."""
+        self.get(launch_id)
+        return self._sleep.can_sleep(launch_id)
+
+    async def sleep(self, launch_id: str, level: int) -> LaunchView:
+        """Send a ready launch to sleep; returns when its GPUs are seen free and its claims are parked. Requests that
+        run on it are aborted: let them end before. Raises ``SleepFailed`` (it serves as before, or has failed: stop it
+        instead), ``BadRequest`` when it cannot at all, ``Conflict`` when it is not ready."""
+        self.get(launch_id)
+        await self._sleep.sleep(launch_id, level)
+        return self.get(launch_id)
+
+    async def wake(self, launch_id: str) -> LaunchView:
+        """Wake a launch; returns when it answers. Raises ``GpuConflict`` when its GPUs are not free and ``WakeFailed``
+        when they are locked (it sleeps on), or when it did not wake (it ends as failed), ``Conflict`` when it does not
+        sleep."""
+        self.get(launch_id)
+        await self._sleep.wake(launch_id)
+        return self.get(launch_id)
+
+    async def estimate_wake(self, launch_id: str) -> float | None:
+        """Seconds that waking takes, by earlier times of the same kind; None when there were none."""
+        self.get(launch_id)
+        return await self._sleep.estimate(launch_id)
 
     # -- ending -------------------------------------------------------------------------------------------------
 

@@ -75,7 +75,7 @@ class LaunchOrder:
     """A launch request after the API has parsed it: plain values, nothing decided yet.
 
     ``fields`` are the typed engine fields that were given. ``gpu_ids`` are indices or UUIDs. ``replicas`` other than 1
-    asks for a group.
+    asks for a group. ``aliases``, ``adapters``, ``max_parallel`` and ``sleep``: see ``engines.base.LaunchSpec``.
     """
 
     model: str
@@ -94,6 +94,10 @@ class LaunchOrder:
     restart_max_attempts: int | None = None
     restart_backoff_s: float | None = None
     replicas: int | Literal["per_gpu"] = 1
+    aliases: tuple[str, ...] = ()
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    max_parallel: int | None = None
+    sleep: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,7 @@ def of_owner(owner: LaunchOwner) -> LaunchView:
         pid=attempt.pid if attempt else None,
         shim_pid=attempt.shim_pid if attempt else None,
         progress=_progress(owner),
-        capacity=(attempt.traits if attempt else owner.engine.traits(owner.spec)).slots,
+        capacity=owner.spec.slots((attempt.traits if attempt else owner.engine.traits(owner.spec)).slots),
     )
 
 
@@ -92,7 +92,7 @@ def advert_of(owner: LaunchOwner) -> Advert:
         launch_id=row.id,
         group_id=row.group_id,
         base_model=row.model,
-        served_names=(row.served_model_name,),
+        served_names=owner.spec.served_names,
         state=row.phase.state.value,
         instance=_instance(owner),
         retry_after_s=progress.eta_s if progress is not None else None,
@@ -112,9 +112,9 @@ def _instance(owner: LaunchOwner) -> Instance | None:
         group_id=row.group_id,
         engine=row.engine,
         base_model=row.model,
-        served_names=(row.served_model_name,),
+        served_names=owner.spec.served_names,
         endpoint=attempt.endpoint,
-        slots=traits.slots,
+        slots=owner.spec.slots(traits.slots),
         routes=traits.routes,
         priority_header=traits.priority_header,
         priority_field=traits.priority_field,

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from vllm_bootstrap.engines.model_config import attention_heads, read_config
+from vllm_bootstrap.engines.model_config import attention_heads, lora_rank, read_config
 
 
 @pytest.mark.parametrize(
@@ -54,3 +54,14 @@ def test_the_cache_by_branch_and_by_commit(tmp_path):
     assert attention_heads("org/model", tmp_path, "bbb") == 16
     assert attention_heads("org/model", tmp_path, "v3") is None
     assert read_config("org/model", tmp_path) == {"num_attention_heads": 32}
+
+
+@pytest.mark.parametrize(("config", "rank"), [({"r": 16}, 16), ({"r": True}, None), ({"r": 0}, None), ({}, None)])
+def test_the_rank_of_an_adapter(tmp_path, config, rank):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert lora_rank(str(tmp_path), None) == rank
+
+
+def test_the_rank_of_an_adapter_that_is_not_here(tmp_path):
+    assert lora_rank(str(tmp_path), None) is None
+    assert lora_rank("org/adapter", tmp_path) is None

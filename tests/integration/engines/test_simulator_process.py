@@ -437,6 +437,43 @@ def test_mock_memory_is_shown_and_given_back(tmp_path):
         assert json.loads(file.read_text())["used"] == {"a": 5, "b": 0}
 
 
+def test_it_sleeps_gives_memory_up_and_wakes(tmp_path):
+    file = tmp_path / "gpus.json"
+    knobs = {"mock_memory_file": file, "mock_memory_bytes": 100, "sleep_frees": 0.9}
+    env = {"CUDA_VISIBLE_DEVICES": "a"}
+    with Simulator(env=env, enable_sleep_mode=True, sleep_seconds=0.1, wake_seconds=0.1, **knobs) as simulator:
+        used = lambda: json.loads(file.read_text())["used"]["a"]  # noqa: E731
+        before = simulator.complete("one two").json()["choices"][0]["text"]
+        assert simulator.request("POST", "/sleep?level=3").status == 400
+        assert simulator.request("POST", "/sleep?level=2").json() == {"status": "sleeping", "level": 2}
+        assert simulator.request("GET", "/is_sleeping").json() == {"is_sleeping": True}
+        assert used() == 10
+        assert simulator.request("GET", "/health").status == 200
+        assert simulator.request("POST", "/wake_up?tags=weights").json() == {"status": "sleeping"}
+        assert used() == 100
+        assert simulator.request("POST", "/collective_rpc", {"method": "rm"}).status == 500
+        assert simulator.request("POST", "/wake_up?tags=kv_cache").json() == {"status": "awake"}
+        assert simulator.complete("one two").json()["choices"][0]["text"] != before  # its weights are garbage
+        assert simulator.request("POST", "/collective_rpc", {"method": "reload_weights"}).status == 200
+        assert simulator.complete("one two").json()["choices"][0]["text"] == before
+        simulator.request("POST", "/sleep")
+        simulator.stop()
+        assert used() == 0
+
+
+@pytest.mark.parametrize("wake_fails", ["error", "garbled"])
+def test_it_wakes_badly_on_request(wake_fails):
+    with Simulator(enable_sleep_mode=True, wake_fails=wake_fails) as simulator:
+        simulator.request("POST", "/sleep?level=2")
+        woken = simulator.request("POST", "/wake_up")
+        if wake_fails == "error":
+            assert woken.status == 500
+            assert simulator.request("GET", "/is_sleeping").json() == {"is_sleeping": True}
+        else:
+            simulator.request("POST", "/collective_rpc", {"method": "reload_weights"})
+            assert simulator.complete("one two").json()["choices"][0]["text"] != "one two"
+
+
 def test_a_full_log_pipe_does_not_stop_the_server():
     """The noise comes from the engine process: only that one blocks."""
     argv = [sys.executable, "-m", MODULE, "--model=m", "--port=0", "--log-bytes-per-second=50000000"]

@@ -15,7 +15,7 @@ import uvloop
 from tests.support.aio import eventually, run
 from tests.support.shims import LAUNCH, Box, all_dead, python, within
 from vllm_bootstrap.launches.exit_watch import ExitWatch
-from vllm_bootstrap.launches.process import MainExit, ShimLost
+from vllm_bootstrap.launches.process import MainExit, ShimLost, ShimRefused
 from vllm_bootstrap.launches.shim import procfs, protocol
 
 SLEEP = ("sleep", "60")
@@ -194,6 +194,9 @@ def test_shims_of_the_first_release_are_adopted_and_stopped(box):
             adopted = await box.new_host().adopt(shim.handle)
             assert adopted.engine.pid == pids[0]
             assert (await adopted.status())["phase"] == "running"
+            assert not adopted.can_unlock
+            with pytest.raises(ShimRefused, match="does not know"):
+                await adopted.unlock_gpus()
             await adopted.stop(30)
             await adopted.stop(0, force=True)
             record = await within(3, adopted.wait())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import resource
@@ -422,6 +423,52 @@ def test_launches_of_one_daemon_share_a_gpu_when_told_so(box):
                 await alone.go(box.order(SLEEP, 3, **{**gpu, "shared": False}))
             with pytest.raises(ShimRefused, match="of another daemon"):
                 await stranger.go(box.order(SLEEP, 4, **{**gpu, "lock_owner": "another"}))
+
+    run(main())
+
+
+def test_a_sleeping_engines_gpus_may_be_anothers_until_it_wakes(box):
+    other = Box(box.folder / "other")
+    gpu = {"lock_dir": str(box.locks), "gpu_locks": ("GPU-a", "GPU-b"), "lock_owner": box.state_id}
+    theirs = {**gpu, "lock_owner": other.state_id, "gpu_locks": ("GPU-b",)}
+
+    async def main():
+        async with box.shim() as shim, other.shim() as rival:
+            await shim.go(box.order(SLEEP, **gpu))
+            assert shim.can_unlock
+            assert (await shim.status())["locked"] is True
+            await shim.unlock_gpus()
+            await shim.unlock_gpus()
+            assert (await shim.status())["locked"] is False
+            assert orphans.locked(box.locks) == []
+            await rival.go(other.order(SLEEP, **theirs))
+            with pytest.raises(ShimRefused, match=f"GPU-b is held by launch {LAUNCH} of another daemon") as caught:
+                await shim.lock_gpus()
+            assert caught.value.kind == "gpu_locked"
+            assert orphans.locked(box.locks) == ["GPU-b.lock"]
+            await rival.stop(0, force=True)
+            await within(5, rival.wait())
+            await shim.lock_gpus()
+            await shim.lock_gpus()
+            assert orphans.locked(box.locks) == ["GPU-a.lock", "GPU-b.lock"]
+
+    run(main())
+
+
+def test_a_shim_does_not_wait_for_others_that_take_locks(box):
+    gpu = {"lock_dir": str(box.locks), "gpu_locks": ("GPU-a",), "lock_owner": box.state_id}
+
+    async def main():
+        async with box.shim() as shim:
+            await shim.go(box.order(SLEEP, **gpu))
+            await shim.unlock_gpus()
+            gate = os.open(box.locks / "gate", os.O_RDWR)
+            fcntl.flock(gate, fcntl.LOCK_EX)
+            locking = asyncio.create_task(shim.lock_gpus())
+            assert (await within(1, shim.status()))["locked"] is False
+            os.close(gate)
+            await within(3, locking)
+            assert (await shim.status())["locked"] is True
 
     run(main())
 

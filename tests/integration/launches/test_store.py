@@ -11,8 +11,19 @@ from tests.support.aio import run
 from tests.support.launches import launch_id, row
 from vllm_bootstrap.db import Database
 from vllm_bootstrap.errors import Conflict, GpuConflict
-from vllm_bootstrap.gpus.ledger import Ledger
-from vllm_bootstrap.launches.lifecycle import BOOTSTRAPPING, FAILED, READY, STOPPED, STOPPING, Phase, Why
+from vllm_bootstrap.gpus.ledger import Ledger, Parked
+from vllm_bootstrap.launches.lifecycle import (
+    ASLEEP,
+    BOOTSTRAPPING,
+    FAILED,
+    FALLING_ASLEEP,
+    READY,
+    STOPPED,
+    STOPPING,
+    WAKING,
+    Phase,
+    Why,
+)
 from vllm_bootstrap.launches.store import (
     STARTS_KEPT,
     AttemptRow,
@@ -236,6 +247,51 @@ def test_a_restart_keeps_claims_and_failure_until_it_is_ready(store: LaunchStore
     run(main())
 
 
+def test_claims_are_parked_in_sleep_and_taken_again_on_waking(store: LaunchStore) -> None:
+    async def main() -> None:
+        one, two = launch_id(1), launch_id(2)
+        await store.create(row(1), whole("GPU-a", "GPU-b"))
+        await store.transition(one, 1, "became_ready", BOOTSTRAPPING, READY, 2.0)
+        await store.transition(one, 1, "sleep_begun", READY, FALLING_ASLEEP, 3.0)
+        assert (await store.get(one)).phase == FALLING_ASLEEP
+        assert set(await store.claims()) == {one}
+        await store.transition(one, 1, "fell_asleep", FALLING_ASLEEP, ASLEEP, 4.0, residues={"GPU-a": 5, "GPU-c": 6})
+        assert await store.claims() == {}
+        a, b = whole("GPU-a", "GPU-b")
+        assert await store.parked() == {one: (Parked(a, 5), Parked(b, 0))}
+        await store.create(row(2), whole("GPU-a"))
+        with pytest.raises(GpuConflict, match=two):
+            await store.transition(one, 1, "wake_begun", ASLEEP, WAKING, 5.0)
+        assert (await store.get(one)).phase == ASLEEP
+        assert await store.parked() == {one: (Parked(a, 5), Parked(b, 0))}
+        await end(store, 2, 6.0)
+        await store.transition(one, 1, "wake_begun", ASLEEP, WAKING, 7.0)
+        assert (await store.get(one)).phase == WAKING
+        assert await store.parked() == {}
+        assert set(await store.claims()) == {one}
+        await store.transition(one, 1, "stayed_asleep", WAKING, ASLEEP, 8.0, residues={"GPU-b": 7})
+        assert await store.parked() == {one: (Parked(a, 0), Parked(b, 7))}
+        await store.transition(one, 1, "stop_requested", ASLEEP, STOPPING[Why.OPERATOR], 9.0)
+        assert set(await store.parked()) == {one}
+        await store.transition(one, 1, "released", STOPPING[Why.OPERATOR], STOPPED, 10.0)
+        assert await store.parked() == {}
+
+    run(main())
+
+
+def test_waking_is_estimated_by_level(store: LaunchStore) -> None:
+    async def main() -> None:
+        kind = ("m", "vllm", "1 x H200", "hash")
+        for seconds in (9.0, 1.0, 2.0, 3.0, 4.0, 5.0):
+            await store.record_wake(*kind, 1, seconds, 1.0)
+        await store.record_wake(*kind, 2, 60.0, 1.0)
+        assert await store.estimate_wake(*kind, 1) == 3.0
+        assert await store.estimate_wake(*kind, 2) == 60.0
+        assert await store.estimate_wake("other", *kind[1:], 1) is None
+
+    run(main())
+
+
 def test_the_failure_of_an_ended_launch_stays(store: LaunchStore) -> None:
     async def main() -> None:
         await store.create(row(1), [])
@@ -324,10 +380,15 @@ def test_history_is_read_in_pieces_and_in_order(store: LaunchStore) -> None:
         ("UPDATE launches SET state = 'stopped'", "CHECK"),
         ("UPDATE launches SET state = 'stopping'", "CHECK"),
         ("UPDATE launches SET state = 'resting'", "CHECK"),
-        ("INSERT INTO gpu_claims VALUES ('local', 'GPU-b', 'launch', 'nobody', 1000, 0)", "has not ended"),
-        ("INSERT INTO gpu_claims VALUES ('local', 'GPU-b', 'friend', 'nobody', 1000, 0)", "CHECK"),
-        ("INSERT INTO gpu_claims VALUES ('local', 'GPU-b', 'parked', 'm', 500, 0)", "CHECK"),
-        ("INSERT INTO gpu_claims VALUES ('local', 'GPU-b', 'parked', 'm', 0, 1)", "CHECK"),
+        ("INSERT INTO gpu_claims VALUES ('local', 'GPU-b', 'launch', 'nobody', 1000, 0, 0)", "has not ended"),
+        ("INSERT INTO gpu_claims VALUES ('local', 'GPU-b', 'friend', 'nobody', 1000, 0, 0)", "CHECK"),
+        ("INSERT INTO gpu_claims VALUES ('local', 'GPU-b', 'parked', 'nobody', 1000, 0, 0)", "has not ended"),
+        ("INSERT INTO gpu_claims SELECT 'local', 'GPU-b', 'parked', id, 1000, 0, 0 FROM launches", "parked or held"),
+        ("INSERT INTO gpu_claims SELECT 'local', 'GPU-b', 'launch', id, 500, 0, 0 FROM launches", "CHECK"),
+        ("INSERT INTO gpu_claims SELECT 'local', 'GPU-b', 'launch', id, 0, 1, 0 FROM launches", "CHECK"),
+        ("INSERT INTO gpu_claims SELECT 'local', 'GPU-b', 'launch', id, 1000, 0, 5 FROM launches", "CHECK"),
+        ("UPDATE launches SET step = 'waking'", "CHECK"),
+        ("UPDATE launches SET step = 'yawning'", "CHECK"),
         ("INSERT INTO attempts (launch_id, attempt) VALUES ('nobody', 1)", "FOREIGN KEY"),
     ],
 )  # fmt: skip

@@ -127,3 +127,8 @@ def test_its_log_is_read_as_vllms():
     assert engine.progress(line).fraction == 0.5
     assert engine.progress("(EngineCore pid=7) DEBUG noise ....") is None
     assert engine.progress("(APIServer pid=6) INFO:     Application startup complete.").phase in PHASES
+
+
+def test_it_serves_further_names_and_adapters_too():
+    wish = spec(aliases=("chat",), adapters={"l": "/l"})
+    assert options_of(SimulatorEngine().command(wish, MOCK, CONTEXT)).names == ("m", "chat", "l")

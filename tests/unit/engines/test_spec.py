@@ -285,3 +285,51 @@ def test_variables_that_the_operator_may_allow(name):
 @pytest.mark.parametrize("value", ["a\nb", "a\x00b", 7])
 def test_values_of_variables(value):
     refused("env.NCCL_DEBUG", env={"NCCL_DEBUG": value})
+
+
+def test_further_names_and_adapters():
+    spec = make(served_model_name="q", aliases=("chat",), adapters={"l": "/l", "m": "org/m"}, max_parallel=4)
+    assert spec.served_names == ("q", "chat", "l", "m")
+    assert spec.adapters == {"l": "/l", "m": "org/m"}
+    assert (spec.slots(256), spec.slots(2), make().slots(256)) == (4, 2, 256)
+
+
+@pytest.mark.parametrize(
+    ("param", "changes"),
+    [
+        ("aliases", {"aliases": ("-x",)}),
+        ("aliases", {"aliases": ("a", "a")}),
+        ("aliases", {"aliases": ("org/model",)}),
+        ("adapters.a b\n", {"adapters": {"a b\n": "/l"}}),
+        ("adapters.org/model", {"adapters": {"org/model": "/l"}}),
+        ("adapters.a", {"aliases": ("a",), "adapters": {"a": "/l"}}),
+        ("adapters.l", {"adapters": {"l": "../l"}}),
+        ("adapters.l", {"adapters": {"l": "./l"}}),
+        ("adapters.l", {"adapters": {"l": "s3://l"}}),
+        ("extra_args.lora-modules", {"adapters": {"l": "/l"}, "extra_args": {"lora_modules": ["m=/m"]}}),
+        ("max_parallel", {"max_parallel": 0}),
+    ],
+)
+def test_names_and_adapters_that_are_refused(param, changes):
+    refused(param, **changes)
+
+
+@pytest.mark.parametrize(
+    ("param", "changes"), [("aliases", {"aliases": ("a",)}), ("adapters", {"adapters": {"l": "/l"}})]
+)
+def test_engines_with_one_name_take_no_more(param, changes):
+    refused(param, engine=Other(), **changes)
+
+
+class Sleepy(VllmLike):
+    can_sleep = True
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_the_level_of_sleep_is_taken_over(level):
+    assert make(engine=Sleepy(), sleep=level).sleep == level
+
+
+def test_sleep_is_a_known_level_of_an_engine_that_can():
+    assert "0, 1 or 2" in refused("sleep", engine=Sleepy(), sleep=3).message
+    assert "cannot sleep" in refused("sleep", engine=Other(), sleep=1).message

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -217,3 +218,80 @@ def test_what_must_hold_wins_over_the_launch_and_defaults_do_not():
     assert env["TMPDIR"] == engines.context().tmp_dir
     assert env["VLLM_NO_USAGE_STATS"] == "1"
     assert env["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] == "9"
+
+
+def lora(spec, version="0.32.0", rank=None):
+    made = vllm_command.flags(spec, engines.cuda(), capabilities(parse(version)), VllmOptions(), rank)
+    return [arg for arg in made if "lora" in arg or ("=" in arg and not arg.startswith("--")) or arg.startswith("{")]
+
+
+def test_further_names_follow_the_first():
+    made = flags("0.32.0", replace(engines.spec(served="q"), aliases=("chat", "org/q")))
+    assert made[:4] == ["--served-model-name", "q", "chat", "org/q"]
+    assert made[4].startswith("--")
+
+
+@pytest.mark.parametrize("version", ALL)
+def test_adapters_are_models_of_their_own(version):
+    spec = replace(engines.spec(), adapters={"l": "/l", "m": "org/m"})
+    assert lora(spec, version, rank=17) == [
+        "--enable-lora", "--max-loras=2", "--max-lora-rank=32", "--lora-modules", "l=/l", "m=org/m",
+    ]  # fmt: skip
+    assert lora(engines.spec(), version, rank=17) == []
+
+
+def test_an_unknown_rank_is_left_to_the_engine_and_what_the_launch_says_wins():
+    spec = replace(engines.spec(extra={"max-loras": 1, "max-lora-rank": 64}), adapters={"l": "/l"})
+    assert lora(spec, rank=8) == ["--enable-lora", "--lora-modules", "l=/l", "--max-loras=1", "--max-lora-rank=64"]
+    assert lora(replace(spec, extra_args={})) == ["--enable-lora", "--max-loras=1", "--lora-modules", "l=/l"]
+    assert "--max-lora-rank=1000" in lora(replace(spec, extra_args={}), rank=1000)
+
+
+def test_many_adapters_wait_in_the_hosts_memory():
+    made = lora(replace(engines.spec(), adapters={f"l{n}": f"/l{n}" for n in range(10)}))
+    assert made[:4] == ["--enable-lora", "--max-loras=8", "--max-cpu-loras=10", "--lora-modules"]
+
+
+@pytest.mark.parametrize(("name", "source"), [("a=b", "/l"), ("a,b", "/l"), ("l", "/x=y"), ("l", "/x,y"), ("{l", "/l")])
+def test_an_adapter_cannot_be_read_in_another_way(name, source):
+    last = lora(replace(engines.spec(), adapters={name: source}))[-1]
+    assert json.loads(last) == {"name": name, "path": source}
+
+
+@pytest.mark.parametrize(
+    ("version", "levels"), [("0.15.1", (1, 2)), ("0.32.0", (1, 2)), ("0.10.2", (1, 2)), ("0.8.5", ())]
+)
+def test_an_engine_that_is_to_sleep_is_started_so_that_it_can(version, levels):
+    can, spec = capabilities(parse(version)), replace(engines.spec(), sleep=1)
+    assert vllm_command.sleep_levels(spec, can) == levels
+    assert vllm_command.sleep_levels(engines.spec(), can) == ()
+    if levels:
+        made = command(version, spec, engines.cuda())
+        assert "--enable-sleep-mode" in made["argv"]
+        assert made["env"]["VLLM_SERVER_DEV_MODE"] == "1"
+        assert f"--uds={engines.context().uds_path}" in made["argv"]
+    else:  # its socket could be reached by others
+        error = refused(version, spec)
+        assert error.param == "sleep"
+        assert "Unix socket" in error.message
+
+
+@pytest.mark.parametrize("version", ALL)
+def test_nothing_opens_the_routes_for_sleep_unasked(version):
+    for made in golden(version).values():
+        assert "VLLM_SERVER_DEV_MODE" not in made["env"]
+        assert not any("sleep" in arg for arg in made["argv"])
+
+
+def test_sleep_needs_gpu_memory_and_its_field():
+    asleep = replace(engines.spec(), sleep=2)
+    assert "no sleep mode" in refused("0.32.0", asleep, engines.cpu()).message
+    twice = replace(asleep, extra_args={"enable-sleep-mode": True})
+    assert refused("0.32.0", twice).param == "extra_args.enable-sleep-mode"
+
+
+def test_the_second_level_needs_weights_that_can_be_loaded_again():
+    can = replace(capabilities(parse("0.32.0")), basis=(0, 9, 2))
+    assert vllm_command.sleep_levels(replace(engines.spec(), sleep=1), can) == (1,)
+    with pytest.raises(BadRequest, match=r"level 2 needs vLLM 0\.10\.2"):
+        vllm_command.flags(replace(engines.spec(), sleep=2), engines.cuda(), can, VllmOptions())

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.support.gpus import GIB, box, process, reading
@@ -142,3 +144,30 @@ def test_unsettled_gives_its_reason() -> None:
 )
 def test_processes_are_described_as_far_as_visible(seen: GpuProcess, text: str) -> None:
     assert describe(seen) == text
+
+
+def sleeper(seen: GpuReading, residue_gib: float, **how: object) -> Condition:
+    """The GPU of a launch of ours that sleeps there with so much memory."""
+    ledger = Ledger()
+    ledger.claim("l-sleeper", [seen.gpu.uuid])
+    ledger.park("l-sleeper", {seen.gpu.uuid: int(residue_gib * GIB)})
+    pids = how.pop("own_pids", None)
+    return assess(seen, box(seen, **how), ledger, {}, busy_bytes=GIB, own_pids=pids)  # type: ignore[arg-type]
+
+
+def test_a_launch_that_sleeps_leaves_its_gpu_free() -> None:
+    assert sleeper(reading(0, 1.5), 1.5).state is GpuState.FREE
+    assert sleeper(reading(0, 1.5, process(4711, 1.5)), 0, own_pids=frozenset({4711})).state is GpuState.FREE
+    assert sleeper(reading(0, 1.5, process(4711, 1.5)), 1.5, pids_trusted=False).state is GpuState.FREE
+
+
+def test_others_beside_a_sleeper_make_its_gpu_busy() -> None:
+    busy = sleeper(reading(0, 24.6, process(4711, 1.5), ENGINE), 1.5, own_pids=frozenset({1}))
+    assert busy.state is GpuState.BUSY
+    seen = reading(0, 24.6, replace(ENGINE, pid=9), process(4711, 1.5))
+    named = sleeper(seen, 1.5, own_pids=frozenset({4711}))
+    assert [each.pid for each in named.others] == [9]
+    hidden = sleeper(reading(0, 24.6), 1.5, pids_trusted=False)
+    assert hidden.is_busy
+    assert hidden.reason is not None
+    assert "23.1 GiB held by others" in hidden.reason

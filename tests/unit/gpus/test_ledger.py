@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_bootstrap.gpus.ledger import Claim, Ledger, LedgerConflict
+from vllm_bootstrap.gpus.ledger import Claim, Ledger, LedgerConflict, Parked
 
 
 def test_all_gpus_or_none() -> None:
@@ -73,3 +73,14 @@ def test_restored_claims_are_checked() -> None:
 def test_impossible_claims_cannot_be_made(milli: int, shared: bool) -> None:
     with pytest.raises(ValueError, match="claim"):
         Claim("a", milli, shared)
+
+
+def test_stored_parked_claims_do_not_contradict_what_is_held() -> None:
+    ledger = Ledger()
+    parked = {"a": [Parked(Claim("GPU-a", 1000, False), 5)]}
+    ledger.restore_parked(parked)
+    assert ledger.residue_bytes("GPU-a") == 5
+    with pytest.raises(ValueError, match="holds claims already"):
+        ledger.restore_parked(parked)
+    with pytest.raises(ValueError, match="holds claims already"):
+        ledger.claim("a", ["GPU-b"])

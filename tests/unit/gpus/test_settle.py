@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_bootstrap.gpus.settle import GIB, Settlement, Verdict, baseline, is_settled, judge
+from vllm_bootstrap.gpus.settle import GIB, Settlement, Verdict, baseline, is_settled, judge, residue
 
 TOTAL = 80 * GIB
 TOLERANCE = GIB // 2
@@ -77,3 +77,17 @@ def test_a_settled_gpu_has_room_for_what_is_not_claimed(
 @pytest.mark.parametrize(("used", "expected"), [(None, False), (100, True), (111, False), (110, True)])
 def test_is_settled(used: int | None, expected: bool) -> None:
     assert is_settled(100, used, 10) is expected
+
+
+def test_one_that_sleeps_there_counts_with_what_it_uses() -> None:
+    assert baseline(5 * GIB, residue_bytes=2 * GIB) == 3 * GIB
+    assert is_settled(3 * GIB, 5 * GIB, 0, residue_bytes=2 * GIB)
+    assert not is_settled(3 * GIB, 5 * GIB, 0)  # it ended meanwhile: what is left is ours
+    found = judge(3 * GIB, 6 * GIB, tolerance_bytes=0, elapsed_s=1, timeout_s=60, residue_bytes=2 * GIB)
+    assert found == Settlement(Verdict.WAITING, "1.0 GiB more in use than before the start")
+
+
+def test_the_residue_is_what_is_neither_there_before_nor_a_neighbours() -> None:
+    assert residue(GIB, 3 * GIB) == 2 * GIB
+    assert residue(GIB, 43 * GIB, others_milli=500, total_bytes=TOTAL) == 2 * GIB
+    assert residue(3 * GIB, GIB) == 0

@@ -27,6 +27,14 @@ def test_boot_timeout_and_unhealthy_name_themselves():
     assert explain(Why.UNHEALTHY, Outcome(record(), forced=True)).failure_class is FailureClass.UNHEALTHY
 
 
+def test_one_that_did_not_wake_says_why_where_that_is_known():
+    known = Outcome(record(), forced=False, trouble=(FailureClass.WAKE_FAILED, "it answered nonsense"))
+    for outcome, message in ((known, "it answered nonsense"), (Outcome(record(), forced=False), "did not wake")):
+        failure = explain(Why.WAKE_FAILED, outcome)
+        assert failure.failure_class is FailureClass.WAKE_FAILED
+        assert message in failure.message
+
+
 def test_trouble_of_ours_comes_before_exit_codes():
     outcome = Outcome(None, forced=False, trouble=(FailureClass.GPU_LOCKED, "locked"))
     failure = explain(Why.DIED, outcome)

@@ -5,13 +5,16 @@ import itertools
 import pytest
 
 from vllm_bootstrap.launches.lifecycle import (
+    ASLEEP,
     BOOTSTRAPPING,
     FAILED,
+    FALLING_ASLEEP,
     READY,
     STOPPED,
     STOPPING,
     TERMINAL,
     TRANSITIONS,
+    WAKING,
     Event,
     IllegalTransition,
     Phase,
@@ -24,26 +27,34 @@ from vllm_bootstrap.launches.lifecycle import (
     owns_gpus,
 )
 
-OPERATOR, TIMEOUT, UNHEALTHY, DIED = (
-    STOPPING[why] for why in (Why.OPERATOR, Why.BOOT_TIMEOUT, Why.UNHEALTHY, Why.DIED)
+OPERATOR, TIMEOUT, UNHEALTHY, UNWOKEN, DIED = (
+    STOPPING[why] for why in (Why.OPERATOR, Why.BOOT_TIMEOUT, Why.UNHEALTHY, Why.WAKE_FAILED, Why.DIED)
 )
 NEVER = None
 
 # The expected table, written apart from the code: rows are phases, columns the events in this order.
 EVENTS = [
     Event.BECAME_READY, Event.STOP_REQUESTED, Event.BOOT_TIMED_OUT, Event.PROBES_FAILED, Event.MAIN_EXITED,
-    Event.SHIM_LOST, Event.RELEASED,
+    Event.SHIM_LOST, Event.RELEASED, Event.SLEEP_BEGUN, Event.FELL_ASLEEP, Event.STAYED_AWAKE, Event.WAKE_BEGUN,
+    Event.WOKE, Event.STAYED_ASLEEP, Event.WAKE_FAILED,
 ]  # fmt: skip
+_NEVER = [NEVER] * 7
 EXPECTED = {
-    BOOTSTRAPPING: [READY, OPERATOR, TIMEOUT, NEVER, DIED, DIED, NEVER],
-    READY: [NEVER, OPERATOR, NEVER, UNHEALTHY, DIED, DIED, NEVER],
-    OPERATOR: [OPERATOR, OPERATOR, OPERATOR, OPERATOR, OPERATOR, OPERATOR, STOPPED],
-    TIMEOUT: [TIMEOUT, OPERATOR, TIMEOUT, TIMEOUT, TIMEOUT, TIMEOUT, FAILED],
-    UNHEALTHY: [UNHEALTHY, OPERATOR, UNHEALTHY, UNHEALTHY, UNHEALTHY, UNHEALTHY, FAILED],
-    DIED: [DIED, OPERATOR, DIED, DIED, DIED, DIED, FAILED],
-    STOPPED: [STOPPED] * 7,
-    FAILED: [FAILED] * 7,
-}
+    BOOTSTRAPPING: [READY, OPERATOR, TIMEOUT, NEVER, DIED, DIED, NEVER, *_NEVER],
+    READY: [NEVER, OPERATOR, NEVER, UNHEALTHY, DIED, DIED, NEVER, FALLING_ASLEEP, *_NEVER[1:]],
+    FALLING_ASLEEP: [
+        NEVER, OPERATOR, NEVER, UNHEALTHY, DIED, DIED, NEVER, NEVER, ASLEEP, READY, NEVER, NEVER, NEVER, UNWOKEN,
+    ],
+    ASLEEP: [NEVER, OPERATOR, NEVER, NEVER, DIED, DIED, NEVER, NEVER, NEVER, NEVER, WAKING, NEVER, NEVER, NEVER],
+    WAKING: [NEVER, OPERATOR, NEVER, NEVER, DIED, DIED, NEVER, NEVER, NEVER, NEVER, NEVER, READY, ASLEEP, UNWOKEN],
+    OPERATOR: [*[OPERATOR] * 6, STOPPED, *[OPERATOR] * 7],
+    TIMEOUT: [TIMEOUT, OPERATOR, *[TIMEOUT] * 4, FAILED, *[TIMEOUT] * 7],
+    UNHEALTHY: [UNHEALTHY, OPERATOR, *[UNHEALTHY] * 4, FAILED, *[UNHEALTHY] * 7],
+    UNWOKEN: [UNWOKEN, OPERATOR, *[UNWOKEN] * 4, FAILED, *[UNWOKEN] * 7],
+    DIED: [DIED, OPERATOR, *[DIED] * 4, FAILED, *[DIED] * 7],
+    STOPPED: [STOPPED] * 14,
+    FAILED: [FAILED] * 14,
+}  # fmt: skip
 PAIRS = [(phase, event, to) for phase, row in EXPECTED.items() for event, to in zip(EVENTS, row, strict=True)]
 
 
@@ -86,13 +97,24 @@ def test_a_reason_exists_exactly_while_stopping() -> None:
                 Phase(state, why)
 
 
-def test_asleep_is_reserved_and_not_entered() -> None:
-    entered = {to.state for row in TRANSITIONS.values() for to in row.values()} | {p.state for p in TRANSITIONS}
-    assert entered == set(State) - {State.ASLEEP}
+def test_every_state_is_entered() -> None:
+    entered = {to.state for row in TRANSITIONS.values() for to in row.values()} | {BOOTSTRAPPING.state}
+    assert entered == set(State)
 
 
-def test_gpus_are_owned_until_the_end() -> None:
-    assert {phase.state for phase in TRANSITIONS if not owns_gpus(phase)} == TERMINAL == {State.STOPPED, State.FAILED}
+def test_gpus_are_owned_until_the_end_but_for_the_sleep() -> None:
+    assert {State.STOPPED, State.FAILED} == TERMINAL
+    assert {phase.state for phase in TRANSITIONS if not owns_gpus(phase)} == TERMINAL | {State.ASLEEP}
+
+
+def test_a_launch_sleeps_and_wakes() -> None:
+    phase = READY
+    for event, state in [
+        (Event.SLEEP_BEGUN, State.FALLING_ASLEEP), (Event.FELL_ASLEEP, State.ASLEEP),
+        (Event.WAKE_BEGUN, State.WAKING), (Event.WOKE, State.READY),
+    ]:  # fmt: skip
+        phase = advance(phase, event)
+        assert phase.state is state
 
 
 def test_only_ready_and_responsive_launches_get_requests() -> None:

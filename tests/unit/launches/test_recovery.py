@@ -1,7 +1,11 @@
+import json
+from dataclasses import asdict
+
 import pytest
 
-from vllm_bootstrap.engines.base import FailureClass
+from vllm_bootstrap.engines.base import FailureClass, LaunchSpec
 from vllm_bootstrap.launches import recovery
+from vllm_bootstrap.launches.recovery import spec_of
 from vllm_bootstrap.launches.types import ExitRecord, ProcessIdentity, ShimHandle
 
 RECORD = ExitRecord(1, None, forced=False, stop_requested=False, ended_at=5.0)
@@ -51,3 +55,13 @@ def test_handle_survives_its_stored_form():
     }  # fmt: skip
     assert recovery.handle_of(stored) == ShimHandle("l1", 2, ProcessIdentity(1, 2, "b"), "/r", 1)
     assert recovery.handle_of(None) is None
+
+
+def test_a_spec_of_an_earlier_version_has_no_further_names():
+    old = {"model": "m", "engine": "vllm", "served_model_name": "q", "fields": {}, "extra_args": {}, "env": {}}
+    assert spec_of(old) == LaunchSpec("m", "vllm", "q")
+
+
+def test_a_spec_is_read_back_as_it_was():
+    spec = LaunchSpec("m", "vllm", "q", aliases=("a",), adapters={"l": "/l"}, max_parallel=2)
+    assert spec_of(json.loads(json.dumps(asdict(spec)))) == spec

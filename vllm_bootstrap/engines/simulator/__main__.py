@@ -29,31 +29,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN if options.ignore_sigterm else _interrupt)
     boot = Boot(options, os.environ)
+    memory = _memory(options)
     try:
-        _claim_memory(options, options.mock_memory_bytes)
-        return _serve(options, boot.run(), boot.core)
+        memory.hold(options.mock_memory_bytes)
+        return _serve(options, boot.run(), boot.core, memory)
     except Died as exc:
         return exc.code
     except Interrupted:
         return INTERRUPTED
     finally:
-        _stop(options, boot.core)
+        _stop(options, boot.core, memory)
 
 
-def _stop(options: Options, core: EngineProcess | None) -> None:
+def _stop(options: Options, core: EngineProcess | None, memory: mockgpu.Memory) -> None:
     time.sleep(options.slow_stop)
     if core is not None:
         core.stop(CORE_GRACE_S)
-    _claim_memory(options, -options.mock_memory_bytes)
+    memory.hold(0)
 
 
-def _claim_memory(options: Options, memory: int) -> None:
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if memory and options.mock_memory_file:
-        mockgpu.claim(Path(options.mock_memory_file), filter(None, devices), memory)
+def _memory(options: Options) -> mockgpu.Memory:
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if options.mock_memory_file else []
+    return mockgpu.Memory(Path(options.mock_memory_file or ""), filter(None, devices))
 
 
-def _serve(options: Options, sock: socket.socket, core: EngineProcess | None) -> int:
+def _serve(options: Options, sock: socket.socket, core: EngineProcess | None, memory: mockgpu.Memory) -> int:
     # Only now: until here the start is small, and children are forked without an event loop in them.
     import asyncio  # noqa: PLC0415 - imported late on purpose
 
@@ -61,7 +61,7 @@ def _serve(options: Options, sock: socket.socket, core: EngineProcess | None) ->
 
     assert core is not None  # noqa: S101
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        code: int = runner.run(serve(options, os.environ, sock, core))
+        code: int = runner.run(serve(options, os.environ, sock, core, memory))
     return code
 
 

@@ -11,9 +11,11 @@ from typing import Any
 
 from vllm_bootstrap.engines.simulator.batching import Batching
 from vllm_bootstrap.engines.simulator.blocks import Blocks
+from vllm_bootstrap.engines.simulator.doze import Doze
 from vllm_bootstrap.engines.simulator.http import Exchange
 from vllm_bootstrap.engines.simulator.knobs import Options
 from vllm_bootstrap.engines.simulator.metrics import Metrics
+from vllm_bootstrap.engines.simulator.mockgpu import Memory
 from vllm_bootstrap.engines.simulator.model import Model
 from vllm_bootstrap.engines.simulator.sequence import Batch, Timer
 from vllm_bootstrap.engines.simulator.stepcost import Profile
@@ -29,7 +31,13 @@ class App:
     """State of a running simulator. ``on_answered`` is called after each answered inference request."""
 
     def __init__(
-        self, options: Options, env: Mapping[str, str], *, clock: Callable[[], float], call_later: CallLater
+        self,
+        options: Options,
+        env: Mapping[str, str],
+        *,
+        clock: Callable[[], float],
+        call_later: CallLater,
+        memory: Memory | None = None,
     ) -> None:
         self.options = options
         self.names = list(options.names)
@@ -46,6 +54,7 @@ class App:
         self.prefix_block = profile.block_size if profile is not None and options.enable_prefix_caching else 0
         self.batch: Batch = self._at_fixed_rates(clock) if profile is None else self._continuous(profile, clock)
         self.received: deque[dict[str, Any]] = deque(maxlen=RECORDED_REQUESTS)
+        self.doze = Doze(self, memory)
         self.draining = False
         self.accepted = 0
         self.answered = 0

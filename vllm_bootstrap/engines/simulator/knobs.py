@@ -61,6 +61,7 @@ class Options:
     tokenizer: str | None = _vllm(None, "only shown")
     seed: str | None = _vllm(None, "only shown")
     enforce_eager: bool = _vllm(False, "leave out the phase of graph capturing")
+    enable_sleep_mode: bool = _vllm(False, "have the routes that put it to sleep")
     enable_prefix_caching: bool = _vllm(True, "remember the KV blocks of prompts (with a profile)")
 
     tasks: str = _option("all", f"comma list of what it can do: {', '.join(TASKS)}")
@@ -84,6 +85,13 @@ class Options:
     log_secret: bool = _option(False, "print HF_TOKEN and VLLM_API_KEY to the log, as careless code does")
     mock_memory_bytes: int = _option(0, "memory to claim on each mock GPU while running")
     mock_memory_file: str | None = _option(None, "JSON file that holds the use of mock GPUs", knob=False)
+
+    sleep_seconds: float = _option(0.0, "seconds that falling asleep takes")
+    sleep_frees: float = _option(0.95, "part of mock_memory_bytes that a sleep gives up, 0 to 1")
+    wake_seconds: float = _option(0.0, "seconds that waking takes")
+    wake_fails: str | None = _option(
+        None, "waking answers with an error, never, or leaves garbage", choices=("error", "hang", "garbled")
+    )
 
     crash_after_requests: int = _option(0, "exit with 1 after so many answered requests, leaving children behind")
     exit_zero_after: int = _option(0, "lose the engine process after so many answered requests, then exit with 0")
@@ -134,7 +142,16 @@ class Options:
 
 FIELDS: Mapping[str, Field[Any]] = {f.name: f for f in fields(Options)}
 KNOBS: Mapping[str, Field[Any]] = {name: f for name, f in FIELDS.items() if f.metadata["knob"]}
-_OURS_TO_SET = {"model", "served_model_name", "uds", "host", "port", "shutdown_timeout", "scheduling_policy"}
+_OURS_TO_SET = {
+    "model",
+    "served_model_name",
+    "uds",
+    "host",
+    "port",
+    "shutdown_timeout",
+    "scheduling_policy",
+    "enable_sleep_mode",
+}
 
 
 def _base_type(option: Field[Any]) -> str:

@@ -12,6 +12,19 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
+class Memory:
+    """What one simulator holds of its GPUs."""
+
+    def __init__(self, file: Path, uuids: Iterable[str]) -> None:
+        self._file, self._uuids, self._held = file, list(uuids), 0
+
+    def hold(self, memory: int) -> None:
+        """Hold so many bytes of each GPU from now on. Blocks on other writers."""
+        if memory != self._held and self._uuids:
+            claim(self._file, self._uuids, memory - self._held)
+            self._held = memory
+
+
 def claim(file: Path, uuids: Iterable[str], memory: int) -> None:
     """Add ``memory`` bytes to the use of each GPU; a negative number gives it back. Blocks on other writers."""
     with file.with_name(f"{file.name}.lock").open("w") as lock:

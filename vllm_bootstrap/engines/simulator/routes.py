@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from vllm_bootstrap.engines.simulator import routes_generate as generate
 from vllm_bootstrap.engines.simulator import routes_info as info
 from vllm_bootstrap.engines.simulator import routes_pooling as pooling
+from vllm_bootstrap.engines.simulator import routes_sleep as sleep
 from vllm_bootstrap.engines.simulator.app import App
 from vllm_bootstrap.engines.simulator.http import Exchange
 
@@ -15,7 +16,6 @@ Handler = Callable[[App, Exchange], None]
 REALTIME = "/v1/realtime"
 GUARDED = ("/v1", "/v2", "/inference", "/cohere")
 DANGEROUS = (
-    ("POST", "/collective_rpc"), ("POST", "/sleep"), ("POST", "/wake_up"), ("GET", "/is_sleeping"),
     ("POST", "/invocations"), ("GET", "/server_info"), ("POST", "/pause"), ("POST", "/resume"),
     ("POST", "/reset_prefix_cache"), ("POST", "/update_weights"), ("POST", "/start_profile"),
     ("POST", "/stop_profile"), ("POST", "/abort_requests"), ("POST", "/inference/v1/generate"),
@@ -67,6 +67,10 @@ ROUTES: Mapping[tuple[str, str], Route] = {
     ("POST", "/v1/unload_lora_adapter"): Route(info.unload_adapter),
     ("GET", "/debug/last_request"): Route(info.last_request),
     ("GET", "/debug/requests"): Route(info.all_requests),
+    ("POST", "/collective_rpc"): Route(sleep.collective_rpc),
+    ("POST", "/sleep"): Route(sleep.fall_asleep),
+    ("POST", "/wake_up"): Route(sleep.wake_up),
+    ("GET", "/is_sleeping"): Route(sleep.is_sleeping),
     **{place: Route(info.dangerous) for place in DANGEROUS},
 }
 PATHS = frozenset(path for _, path in ROUTES)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_bootstrap.engines.simulator.app import App
+from vllm_bootstrap.engines.simulator.doze import GARBAGE
 from vllm_bootstrap.engines.simulator.formats import (
     Chat,
     Completion,
@@ -79,6 +80,8 @@ def completions(app: App, exchange: Exchange) -> None:
     body = json_object(exchange)
     limit = _limit(body, "max_tokens") or DEFAULT_COMPLETION_TOKENS
     prompts = prompts_of(app, body.get("prompt"))
+    if app.doze.garbled:
+        prompts = [Prompt(GARBAGE, prompt.tokens) for prompt in prompts]
     wish = wish_of(app, body, prompts, limit=limit, choices=number(body, "n", 1))
     _generate(app, exchange, body, wish, Completion, "cmpl-")
 

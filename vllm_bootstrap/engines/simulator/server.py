@@ -23,6 +23,7 @@ from vllm_bootstrap.engines.simulator.formats import dumps, error_body
 from vllm_bootstrap.engines.simulator.http import MAX_BODY_BYTES, Body, Exchange, HttpProtocol
 from vllm_bootstrap.engines.simulator.knobs import Options
 from vllm_bootstrap.engines.simulator.log import Log
+from vllm_bootstrap.engines.simulator.mockgpu import Memory
 from vllm_bootstrap.engines.simulator.requests import Refused, bare
 from vllm_bootstrap.engines.simulator.routes import GUARDED, PATHS, REALTIME, ROUTES, Route
 from vllm_bootstrap.engines.simulator.tree import EngineProcess
@@ -40,9 +41,14 @@ class Server:
     """What connections talk to. ``exit_code`` is done when the server is to end."""
 
     def __init__(
-        self, options: Options, env: Mapping[str, str], loop: asyncio.AbstractEventLoop, core: EngineProcess
+        self,
+        options: Options,
+        env: Mapping[str, str],
+        loop: asyncio.AbstractEventLoop,
+        core: EngineProcess,
+        memory: Memory | None = None,
     ) -> None:
-        self.app = App(options, env, clock=loop.time, call_later=loop.call_later)
+        self.app = App(options, env, clock=loop.time, call_later=loop.call_later, memory=memory)
         self.app.on_answered, self.app.on_poison = self._answered, core.kill
         self.connections: set[HttpProtocol] = set()
         self.websockets: set[websocket.WebSocket] = set()
@@ -186,10 +192,12 @@ class Server:
             self.exit_code.set_result(code)
 
 
-async def serve(options: Options, env: Mapping[str, str], sock: socket.socket, core: EngineProcess) -> int:
+async def serve(
+    options: Options, env: Mapping[str, str], sock: socket.socket, core: EngineProcess, memory: Memory | None = None
+) -> int:
     """Serve on a bound socket until stopped by a signal or by the engine's death. Returns the exit code."""
     loop = asyncio.get_running_loop()
-    server = Server(options, env, loop, core)
+    server = Server(options, env, loop, core, memory)
     log = Log("APIServer", os.getpid())
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.stop_requested)

@@ -13,9 +13,9 @@ users run daemons; each file is opened without following links, and created only
   4. shared lock obtained, the written ``owner`` is ours → we share with our own daemon's launches.
   5. shared lock obtained, another owner → conflict.
 
-Either all wanted GPUs are locked or none. A lock lives exactly as long as the shim: files are never deleted (an
-unlinked file can be locked by two programs at once) and descriptors never reach the engine. ``owner`` names a state
-folder. Standard library only.
+Either all wanted GPUs are locked or none. A lock lives as long as the shim, but for the time in which its engine
+sleeps: files are never deleted (an unlinked file can be locked by two programs at once) and descriptors never reach
+the engine. ``owner`` names a state folder. Standard library only.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ GATE_POLL_S = 0.02
 
 class GpuLocked(Exception):
     """Somebody else has a wanted GPU; the text names them as far as known."""
+
+
+class GateBusy(GpuLocked):
+    """Somebody else is taking locks right now: nothing is known about the wanted GPUs."""
 
 
 def take(
@@ -100,7 +104,7 @@ def _enter(gate: int, folder: str, wait_s: float) -> None:
     deadline = time.monotonic() + wait_s
     while not _try_lock(gate, fcntl.LOCK_EX):
         if time.monotonic() >= deadline:
-            raise GpuLocked(f"{folder}/{GATE} has been locked by another program for {wait_s:g} s")
+            raise GateBusy(f"{folder}/{GATE} has been locked by another program for {wait_s:g} s")
         time.sleep(GATE_POLL_S)
 
 

@@ -8,8 +8,8 @@ if TYPE_CHECKING:
 
 
 class Refused(Exception):
-    """The engine is not started. ``kind``: ``bad_order``, ``gpu_locked``, ``spawn_failed``, ``already_started``,
-    ``stopping``, ``not_yours``, ``unknown_op``. The text is a sentence for people."""
+    """The request is refused. ``kind``: ``bad_order``, ``gpu_locked``, ``spawn_failed``, ``already_started``,
+    ``stopping``, ``not_yours``, ``unknown_op``, ``busy``. The text is a sentence for people."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)

@@ -14,10 +14,14 @@ op       fields                                 answer
 hello    ``protocol``                           as status, with ``protocol``, ``launch_id``, ``attempt``, ``state_id``
                                                 and ``identity``; from then on the connection gets events
 status   none                                   ``phase``, ``engine``, ``main``, ``stop_requested``, ``forced``,
-                                                ``log``, ``record``
+                                                ``log``, ``record``, ``locked`` (whether the GPUs' lock files are
+                                                held; a shim that does not say it cannot give them up)
 go       ``order``                              ``engine``; only on the inherited connection, only once
 stop     ``grace_s``                            accepted; may be repeated, a later one never lengthens the grace
 force    none                                   accepted; SIGKILL at once, also during a grace
+unlock   none                                   accepted; the GPUs' lock files are given up, as the engine sleeps
+lock     none                                   accepted; they are taken again; refused (``gpu_locked``) when another
+                                                program has one, (``busy``) when it may be tried again in a moment
 =======  =====================================  ===================================================================
 
 Events: ``{"event": "main_exited", "exit_code", "signal"}`` and ``{"event": "ended", "record"}``.

@@ -24,7 +24,7 @@ import signal
 import socket
 import time
 
-from . import engine, gpulocks, procfs, protocol, shm, syscalls
+from . import engine, gpuhold, procfs, protocol, shm, syscalls
 from .cgroup import Leaf
 from .control import Connection, Server
 from .logwriter import LogPump, Masker, SegmentWriter
@@ -62,7 +62,7 @@ class Shim:
         self._engine: engine.Started | None = None
         self._tree: Tree | None = None
         self._log: LogPump | None = None
-        self._locks: list[int] = []
+        self._gpus = gpuhold.GpuHold(launch_id)
         self._tmp_dir = ""
         self._main_exit: dict[str, Any] | None = None
         self._stop_requested = self._force = self._forced = self._terminated = False
@@ -214,6 +214,12 @@ class Shim:
             self._ask_to_stop(0.0)
             self._force = True
             return {}
+        if op == "unlock":
+            self._gpus.give_up()
+            return {}
+        if op == "lock":
+            self._gpus.take_again()
+            return {}
         raise Refused("unknown_op", f"this shim does not know {op!r}")
 
     def _status(self) -> dict[str, Any]:
@@ -231,6 +237,7 @@ class Shim:
             "forced": self._forced,
             "log": {"end": self._log.end, "dropped": self._log.dropped} if self._log else None,
             "record": self._record,
+            "locked": self._gpus.is_held,
         }
 
     def _ask_to_stop(self, grace_s: float) -> None:
@@ -255,15 +262,9 @@ class Shim:
         return {"engine": self._identify(started.pid, started.start_ticks)}
 
     def _start(self, order: Order) -> engine.Started:
+        self._gpus.take(order)
         try:
-            if order.lock_dir and order.gpu_locks:
-                self._locks = gpulocks.take(
-                    order.lock_dir, order.gpu_locks,
-                    owner=order.lock_owner, launch=str(self._names["launch_id"]), shared=order.shared,
-                )  # fmt: skip
             engine.prepare_directories(order, self._run_dir)
-        except gpulocks.GpuLocked as exc:
-            raise Refused("gpu_locked", str(exc)) from None
         except (OSError, ValueError) as exc:
             raise Refused("spawn_failed", str(exc)) from None
         leaf = Leaf.create(f"{self._names['launch_id']}.{self._names['attempt']}")
