@@ -50,6 +50,8 @@ lint-verify: $(READY)  ## style, formatting and types; changes nothing
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 	$(BIN)/mypy $(wildcard scripts/*.py)
+	$(BIN)/shellcheck -x $(wildcard scripts/*.sh) .ci/run
+	$(BIN)/hadolint Dockerfile runtime/Dockerfile
 
 .PHONY: format
 format: $(READY)  ## apply the formatter and the safe fixes

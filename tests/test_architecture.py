@@ -14,23 +14,27 @@ MODULES = code_map.modules()
 # From top to bottom. The first matching pattern counts; a module may import from lower layers, and from its own
 # package within the same layer. Pure modules lie below all of these.
 LAYERS = [
-    (12, ["__main__"]),
-    (11, ["cli", "cli.*"]),
-    (10, ["app"]),
-    (9, ["configure"]),
+    (13, ["__main__"]),
+    (12, ["cli", "cli.*"]),
+    (11, ["app"]),
+    (10, ["doors"]),
+    (9, ["configure", "watching_idle"]),
     (8, ["api", "api.*"]),
     (8, ["client"]),
     (7, ["sdk", "sdk.*"]),
     (4, ["batches.store", "batches.files", "batches.blobs", "batches.linestore", "batches.indexing", "batches.output"]),
+    (8, ["models.idle_box", "models.idle_hook", "models.idle_sense"]),
     (7, ["batches", "batches.*"]),
+    (6, ["models", "models.*"]),
     (6, ["gateway", "gateway.*"]),
     (3, ["launches.shim", "launches.shim.*"]),
     (4, ["launches.process", "launches.shim_client", "launches.control", "launches.sweep", "launches.exit_watch"]),
-    (4, ["launches.logs", "launches.store", "launches.context", "launches.downloads", "launches.durably"]),
+    (4, ["launches.logs", "launches.store", "launches.claim_rows", "launches.context"]),
+    (4, ["launches.downloads", "launches.durably"]),
     (5, ["launches", "launches.*", "scheduler", "scheduler.*"]),
     (4, ["activity", "engines", "engines.*", "gpus", "gpus.*", "auth", "auth.*"]),
     (3, ["db", "instance", "logs_setup", "metrics", "server"]),
-    (2, ["settings", "statedir", "schema"]),
+    (2, ["settings", "statedir", "schema", "model_metrics"]),
     (1, ["places"]),
     (0, [""]),
 ]
@@ -39,9 +43,12 @@ MUST_BE_PURE = [
     "errors", "ids", "refused", "serving", "wire", "auth.types", "auth.scopes", "launches.lifecycle", "launches.types",
     "launches.restart", "gpus.ledger", "gpus.placement", "engines.base", "engines.failures", "engines.phases",
     "gateway.bodies", "gateway.headers", "gateway.usage", "gateway.sticky", "gateway.estimates", "gateway.inflight",
-    "scheduler.admission", "tallies", "wire_requests", "wire_batches", "batches.jobs", "batches.types", "batches.lines",
-    "batches.ordering", "batches.joining", "batches.retrying", "batches.isolation", "batches.turns", "batches.windows",
-    "batches.progress", "batches.outcomes",
+    "scheduler.admission", "tallies", "wire_requests", "wire_batches", "wire_models", "batches.jobs", "batches.types",
+    "batches.lines", "batches.ordering", "batches.joining", "batches.retrying", "batches.isolation", "batches.turns",
+    "batches.windows", "models.choosing", "models.lora", "models.troubles", "models.types", "models.schema",
+    "models.parsing", "models.orders", "models.assembly", "models.stored",
+    "models.advice", "models.fit", "models.shape", "models.tensors", "models.names", "models.idle_time",
+    "models.idle_alarm", "batches.progress", "batches.outcomes", "launches.rows", "launches.resting",
 ]  # fmt: skip
 
 NOT_IN_PURE = {
@@ -54,16 +61,19 @@ TABLES = {"engines.capabilities", "engines.policy"}
 
 # Who may know these modules; everybody else gets plain values.
 RESERVED = {
-    "wire": ["wire_requests", "api", "api.*", "client", "sdk.*", "cli", "cli.*"],
+    "wire": ["wire_requests", "wire_models", "api", "api.*", "client", "sdk.*", "cli", "cli.*"],
     "wire_requests": ["api", "api.*", "client", "sdk.*", "cli", "cli.*"],
     "wire_batches": ["api", "api.*", "client", "sdk.*", "cli", "cli.*"],
-    "settings": ["app", "configure", "cli", "cli.*", "api", "api.*"],
+    "wire_models": ["api", "api.*", "client", "sdk.*", "cli", "cli.*"],
+    "settings": ["app", "configure", "doors", "cli", "cli.*", "api", "api.*"],
     "client": ["cli", "cli.*"],
     "sdk": ["client", "sdk.*", "cli.*"],
 }
 
 # All that the client may know of us: it runs on machines where the daemon does not.
-CLIENT_SIDE = {"client", "sdk", "wire", "wire_requests", "wire_batches", "errors", "places", "instance", ""}
+CLIENT_SIDE = {
+    "client", "sdk", "wire", "wire_requests", "wire_batches", "wire_models", "errors", "places", "instance", "",
+}  # fmt: skip
 
 # Standard library and their own package only: they run by path, apart from the daemon, and must stay tiny.
 STANDALONE = [name for name in MODULES if name == "launches.shim" or name.startswith("launches.shim.")]

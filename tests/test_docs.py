@@ -21,7 +21,7 @@ from vllm_bootstrap.engines.simulator.knobs import KNOBS, PROFILES
 from vllm_bootstrap.engines.simulator.stepcost import Profile
 from vllm_bootstrap.errors import BY_CODE
 from vllm_bootstrap.gateway.targets import BY_MODEL
-from vllm_bootstrap.settings import NOT_BUILT, PREFIX, Settings
+from vllm_bootstrap.settings import PREFIX, Settings
 from vllm_bootstrap.wire import LaunchRequest, LaunchStatus, LogPage
 from vllm_bootstrap.wire_batches import (
     BatchEventEntry,
@@ -90,11 +90,6 @@ def test_every_setting_is_documented_with_its_names_and_default(field: str) -> N
 def test_no_setting_is_documented_that_does_not_exist() -> None:
     documented = {name for name in SETTINGS if name.startswith(PREFIX)}
     assert documented == {PREFIX + field.upper() for field in Settings.model_fields}
-
-
-def test_settings_of_unbuilt_features_are_named_as_such() -> None:
-    _, _, unbuilt = page("configuration.md").partition("## Not built yet")
-    assert [name for name in NOT_BUILT if f"`{name}`" not in unbuilt] == []
 
 
 def test_every_field_of_a_key_is_documented() -> None:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 TOP_LEVEL = [
     "vllm_bootstrap", "templates", "docs", "tests", "bench", "config", "scripts", "Makefile", "Dockerfile",
+    "runtime/Dockerfile", "docker-compose.yml", ".dockerignore", ".github/workflows/release.yml",
     "pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", ".env.example", ".env.vllm.example",
     ".ci/run", ".github/workflows/ci.yml", "requirements.lock", "requirements-dev.lock", "requirements-build.lock",
 ]  # fmt: skip
@@ -99,13 +100,17 @@ def test_make_has_the_documented_targets() -> None:
     assert {name for names in known for name in names.split()} >= set(MAKE_TARGETS)
 
 
-@pytest.mark.parametrize("name", [".ci/run", "scripts/make_venv.sh"])
+SCRIPTS = [".ci/run", *(f"scripts/{name}.sh" for name in ("make_venv", "build_image", "run_image", "smoke_test"))]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_can_be_executed(name: str) -> None:
     assert os.access(ROOT / name, os.X_OK)
 
 
-def test_scripts_in_the_image_are_let_through_to_the_docker_build() -> None:
+@pytest.mark.parametrize("name", ["Dockerfile", "runtime/Dockerfile"])
+def test_scripts_in_the_image_are_let_through_to_the_docker_build(name: str) -> None:
     allowed = {line[1:].rstrip("/") for line in text_of(ROOT / ".dockerignore").splitlines() if line.startswith("!")}
-    for line in text_of(ROOT / "Dockerfile").splitlines():
+    for line in text_of(ROOT / name).splitlines():
         if line.startswith("COPY ") and "--from" not in line:
             assert set(line.split()[1:-1]) <= allowed, line

@@ -11,8 +11,6 @@ import asyncio
 import logging
 import os
 import signal
-import socket
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -25,18 +23,28 @@ from vllm_bootstrap.activity import Activity
 from vllm_bootstrap.api.app import build_api
 from vllm_bootstrap.api.services import Services
 from vllm_bootstrap.auth.guard import Guard
-from vllm_bootstrap.auth.keys import Key, KeyRing, shared_key
 from vllm_bootstrap.auth.sessions import Sessions
 from vllm_bootstrap.batches.desk import BatchDepartment
 from vllm_bootstrap.batches.files import FileStore
-from vllm_bootstrap.configure import StartError, batch_config, budget_policy, gateway_limits, supervisor_config
+from vllm_bootstrap.configure import (
+    StartError,
+    batch_config,
+    budget_policy,
+    catalogue,
+    gateway_limits,
+    idle_actions,
+    models_config,
+    supervisor_config,
+)
 from vllm_bootstrap.db import Database
+from vllm_bootstrap.doors import announce, listen, make_keys
 from vllm_bootstrap.engines import build_engines
 from vllm_bootstrap.engines.base import Engine
 from vllm_bootstrap.engines.metrics_text import Counters
 from vllm_bootstrap.gateway.gateway import Gateway
 from vllm_bootstrap.gateway.limits import RequestRecord
 from vllm_bootstrap.gateway.protocol import make_protocol
+from vllm_bootstrap.gpus.cpu import CpuInventory
 from vllm_bootstrap.gpus.inventory import Inventory, make_inventory
 from vllm_bootstrap.gpus.ledger import Ledger
 from vllm_bootstrap.launches.attempt import AttemptDeps
@@ -49,6 +57,9 @@ from vllm_bootstrap.launches.store import LaunchStore
 from vllm_bootstrap.launches.supervisor import Supervisor
 from vllm_bootstrap.logs_setup import set_up_logging
 from vllm_bootstrap.metrics import Metrics
+from vllm_bootstrap.models.department import ModelDepartment, Surroundings
+from vllm_bootstrap.models.entries import EntryStore
+from vllm_bootstrap.models.fitting import Fitter
 from vllm_bootstrap.scheduler.budget import Budget
 from vllm_bootstrap.scheduler.gate import Gate
 from vllm_bootstrap.scheduler.signals import signals_of
@@ -56,6 +67,7 @@ from vllm_bootstrap.server import Server, allow_many_files, forbid_core_dumps, r
 from vllm_bootstrap.serving import Advert
 from vllm_bootstrap.settings import Settings
 from vllm_bootstrap.statedir import StateLock
+from vllm_bootstrap.watching_idle import make_idle_box
 
 log = logging.getLogger("vllm_bootstrap")
 
@@ -88,7 +100,7 @@ class Daemon:
         self._signals = 0
         self._forcing: asyncio.Task[object] | None = None
         self._instance = instance.open_instance(settings.state_dir)
-        self._keys, open_access = self._make_keys()
+        self._keys, open_access = make_keys(settings)
         self._sessions = Sessions(self._keys, lifetime_s=settings.dashboard_session_s)
         self._guard = Guard(
             self._keys,
@@ -103,36 +115,6 @@ class Daemon:
         self._build_server()
 
     # -- building -----------------------------------------------------------------------------------------------
-
-    def _make_keys(self) -> tuple[KeyRing, bool]:
-        settings = self._settings
-        shared: list[Key] = []
-        named = {"VLLM_ACCESS_KEY": settings.access_key, "ORCHESTRATOR_TOKEN": settings.orchestrator_token}
-        for name, secret in named.items():
-            if secret is not None:
-                shared.append(shared_key(name, secret.get_secret_value()))
-        configured = bool(shared) or settings.auth_keys_file is not None
-        open_access = not configured and (settings.is_loopback or settings.insecure)
-        if not configured and not open_access:
-            key, made = instance.generated_key(settings.state_dir)
-            shared.append(shared_key("generated", key))
-            self._tell_key(key, made=made)
-        if not settings.is_loopback:
-            self._warn_about_public_bind(open_access=open_access)
-        return KeyRing(shared, settings.auth_keys_file, allow_examples=settings.is_loopback), open_access
-
-    def _tell_key(self, key: str, *, made: bool) -> None:
-        path = self._settings.state_dir / instance.ACCESS_KEY_FILE
-        if made and sys.stderr.isatty():
-            print(f"\n  A key was made for this daemon (shown once): {key}\n", file=sys.stderr)  # noqa: T201
-        log.warning("No key is configured: a generated one is in %s, 'vllm-bootstrap keys show' prints it.", path)
-
-    def _warn_about_public_bind(self, *, open_access: bool) -> None:
-        host = self._settings.host
-        if open_access:
-            log.warning("Anybody who can reach %s may use this daemon (--insecure).", host)
-        if self._settings.ssl_certfile is None:
-            log.warning("Listening on %s without TLS: keys travel in clear. See docs/operations.md.", host)
 
     def _make_inventory(self) -> Inventory:
         settings = self._settings
@@ -180,6 +162,8 @@ class Daemon:
         runtime_dir = instance.private_dir(settings.runtime_dir)
         host = ProcessHost(runtime_dir, state.state_id)
         ledger = self._ledger = Ledger()
+        fitter = Fitter(self._inventory, hf_home=config.hf_home, hf_token=config.hf_token, refusing=settings.fit_check)
+        self._models = self._make_models(engines, fitter)
         self._gpus = GpuRelease(
             self._inventory,
             ledger,
@@ -196,6 +180,8 @@ class Daemon:
             budget=partial(Budget, budget_policy(settings)),
             ended=lambda launch_id: self.supervisor.has_ended(launch_id),  # noqa: PLW0108 - made below
             watcher=self._metrics.traffic,
+            prospects=self._models.prospects,
+            hold_s=settings.cold_start_hold_s,
         )
         self.supervisor = Supervisor(
             config,
@@ -209,14 +195,52 @@ class Daemon:
             on_forget=self._forget,
             on_fatal=self._die,
             on_event=self._metrics.launch_event,
+            fit=fitter.refuse,
         )
         self._reconciler = Reconciler(
             self.supervisor, store, host, ledger, self._gpus, self._inventory, contexts, attempts
         )
 
+    def _make_models(self, engines: dict[str, Engine], fitter: Fitter) -> ModelDepartment:
+        settings, config = self._settings, self._config
+        folder = instance.private_dir(settings.state_dir / "adapters")
+        store, on_cpu = EntryStore(self._db, config.node_id), isinstance(self._inventory, CpuInventory)
+        return ModelDepartment(
+            models_config(settings, config, folder, engines),
+            self._db,
+            fitter,
+            lambda adapters, weights: catalogue(
+                settings, store, engines, on_cpu=on_cpu, adapters=adapters.entries_for, resolved=weights.resolved
+            ),
+            self._metrics.models,
+            on_bytes=self._metrics.models.downloaded,
+        )
+
+    def _connect_models(self) -> None:
+        models, batches = self._models, self._batches
+        models.connect(
+            Surroundings(
+                launches=self.supervisor,
+                queues=self._gate,
+                devices=self._inventory,
+                ledger=self._ledger,
+                gpus=self._gpus,
+                estimate=self.supervisor.estimate,
+                batch_lines=batches.dispatcher.demand,
+            )
+        )
+        batches.dispatcher.hope_for = models.absence
+        models.book.on_change(lambda: self._metrics.models.catalogue(models.book.entries()))
+        self._idle = make_idle_box(
+            self._db, self._inventory, self._ledger, self.supervisor, self._gate, self._gateway, batches, self._files,
+            models, self._metrics, idle_actions(self._settings, time.time),
+            after_s=self._settings.idle_after_s, node_id=self._instance.node_id,
+        )  # fmt: skip
+
     def _advert(self, advert: Advert) -> None:
         self._gate.update(advert)
         self._batches.advert(advert)
+        self._models.advert(advert)
 
     def _forget(self, launch_id: str) -> None:
         self._gate.forget(launch_id)
@@ -233,6 +257,10 @@ class Daemon:
             gateway_limits(settings),
             spool_dir=instance.private_dir(settings.state_dir / "spool"),
             on_record=self._keep_record,
+            default_model=self._models.default_model,
+            rewrite_of=self._models.rewrite_of,
+            progress_of=self._models.progress_of,
+            wants_progress=self._models.wants_progress,
         )
         folder = instance.private_dir(settings.state_dir / "batches")
         self._batches = BatchDepartment(
@@ -244,6 +272,7 @@ class Daemon:
             tally=self._metrics.batch_lines,
         )
         self._guard.on_change(self._batches.dispatcher.keys_changed)
+        self._connect_models()
         self.services = Services(
             settings=settings,
             supervisor=self.supervisor,
@@ -263,10 +292,17 @@ class Daemon:
             version=__version__,
             started_at=self._started_at,
             clock=time.time,
+            models=self._models.desk,
+            idle=self._idle,
+            not_ready=self._models.not_ready,
         )
-        config = uvicorn.Config(
+        self._server = Server(self._uvicorn_config())
+
+    def _uvicorn_config(self) -> uvicorn.Config:
+        settings = self._settings
+        return uvicorn.Config(
             build_api(self.services),
-            http=make_protocol(gateway),
+            http=make_protocol(self._gateway),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -279,7 +315,6 @@ class Daemon:
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,
         )
-        self._server = Server(config)
 
     def _keep_record(self, record: RequestRecord) -> None:
         self._metrics.data_plane_request(record)
@@ -290,9 +325,11 @@ class Daemon:
     async def run(self) -> int:
         """Start, serve, stop. Returns the exit code."""
         self._watch_signals()
-        listener = self._listen()
+        listener = listen(self._settings)
         await self._reconciler.run()
         await self._batches.start()
+        await self._models.start()
+        await self._idle.start()
         self.services.phase = "ok"
         background = asyncio.create_task(self._gpus.recheck_forever(), name="recheck unsettled GPUs")
         serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="server")
@@ -300,12 +337,14 @@ class Daemon:
         try:
             up = asyncio.create_task(self._server.up.wait())
             await asyncio.wait({up, serving}, return_when=asyncio.FIRST_COMPLETED)
-            self._announce(listener)
+            announce(self._settings, listener)
             rest_the_garbage_collector()
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             await self._shut_down()
         finally:
             instance.withdraw(self._settings.state_dir)
+            await self._idle.close()
+            await self._models.close()
             await self._batches.close()
             self._gateway.close()
             self._server.leave()
@@ -319,35 +358,15 @@ class Daemon:
             self._db.close()
         return EXIT_FATAL if self._fatal is not None else 0
 
-    def _listen(self) -> socket.socket:
-        settings = self._settings
-        try:
-            family, kind, proto, _, address = socket.getaddrinfo(
-                settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            listener = socket.socket(family, kind, proto)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-        except OSError as exc:
-            raise StartError(f"Cannot listen on {settings.host} port {settings.port}: {exc.strerror}") from exc
-        return listener
-
-    def _announce(self, listener: socket.socket) -> None:
-        host, port = listener.getsockname()[:2]
-        scheme = "https" if self._settings.ssl_certfile else "http"
-        shown = f"[{host}]" if ":" in host else host
-        reachable = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(shown, shown)  # noqa: S104 - compared, not bound
-        try:
-            instance.announce(self._settings.state_dir, f"{scheme}://{reachable}:{port}")
-        except OSError as exc:  # a full disk must not keep what runs from being served
-            log.warning("Commands must be told the address, it could not be written down: %s", exc)
-        log.info("vllm-bootstrap %s listens on %s://%s:%d", __version__, scheme, shown, port)
-
     def _watch_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_stop_signal)
-        loop.add_signal_handler(signal.SIGHUP, self._keys.reload)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+
+    def _reload(self) -> None:
+        self._keys.reload()
+        self._models.book.reload_soon()
 
     def _on_stop_signal(self) -> None:
         self._signals += 1
@@ -369,6 +388,7 @@ class Daemon:
 
     async def _shut_down(self) -> None:
         self.services.phase = "draining"
+        await self._models.close()
         await self._batches.close()
         self._gateway.drain()
         if self._leaves:

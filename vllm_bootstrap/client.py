@@ -19,12 +19,16 @@ from vllm_bootstrap.sdk.calls import LaunchFields
 from vllm_bootstrap.sdk.failures import (
     ClientError,
     DaemonUnreachable,
+    DownloadFailed,
     EndTimeout,
     LaunchFailed,
+    LoadFailed,
+    PrefetchFailed,
     UnexpectedAnswer,
     WaitTimeout,
 )
 from vllm_bootstrap.sdk.launch import Launch
+from vllm_bootstrap.sdk.model_calls import EntryFields
 from vllm_bootstrap.sdk.sync_client import Client
 
 __all__ = [
@@ -34,10 +38,14 @@ __all__ = [
     "Client",
     "ClientError",
     "DaemonUnreachable",
+    "DownloadFailed",
     "EndTimeout",
+    "EntryFields",
     "Launch",
     "LaunchFailed",
     "LaunchFields",
+    "LoadFailed",
+    "PrefetchFailed",
     "UnexpectedAnswer",
     "WaitTimeout",
     "WebhookTo",

@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import os
 import pwd
+import shlex
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from vllm_bootstrap import instance
+from vllm_bootstrap.batches import posting
 from vllm_bootstrap.batches.desk import BatchConfig
+from vllm_bootstrap.batches.webhooks import signing_key
+from vllm_bootstrap.engines.base import Engine
 from vllm_bootstrap.engines.environment import base_environment
 from vllm_bootstrap.gateway.limits import FILE_FORM_BYTES, GatewayLimits
 from vllm_bootstrap.launches.config import SupervisorConfig
+from vllm_bootstrap.models.book import CatalogueBook
+from vllm_bootstrap.models.checks import checker
+from vllm_bootstrap.models.department import ModelsConfig
+from vllm_bootstrap.models.entries import EntryStore
+from vllm_bootstrap.models.idle_hook import Action, Command, Webhook, command_environment
+from vllm_bootstrap.models.planning import Policy
+from vllm_bootstrap.models.ports import KeeperConfig
+from vllm_bootstrap.models.types import AdapterEntry, GpuNeed, ModelEntry
+from vllm_bootstrap.models.weights import WeightsConfig
+from vllm_bootstrap.places import default_config_dir
 from vllm_bootstrap.scheduler.budget import BudgetPolicy
 from vllm_bootstrap.settings import Settings
+
+MODELS_FILE = "models.yaml"
 
 
 class StartError(Exception):
@@ -57,6 +75,7 @@ def supervisor_config(settings: Settings, state: instance.Instance) -> Superviso
         gpu_busy_bytes=settings.gpu_busy_bytes,
         gpu_settle_timeout_s=settings.gpu_settle_timeout_s,
         gpu_settle_tolerance_bytes=settings.gpu_settle_tolerance_bytes,
+        sleep_memory_reserve_bytes=settings.sleep_memory_reserve_bytes,
     )
 
 
@@ -81,6 +100,7 @@ def gateway_limits(settings: Settings) -> GatewayLimits:
         max_body_bytes=settings.max_body_bytes,
         max_upload_bytes=settings.max_upload_bytes,
         max_file_body_bytes=settings.file_max_bytes + FILE_FORM_BYTES,
+        max_adapter_body_bytes=settings.adapter_max_bytes + FILE_FORM_BYTES,
         write_stall_timeout_s=settings.write_stall_timeout_s,
         upstream_connect_timeout_s=settings.upstream_connect_timeout_s,
         upstream_first_byte_timeout_s=settings.upstream_first_byte_timeout_s,
@@ -120,4 +140,109 @@ def batch_config(settings: Settings, folder: Path, node_id: str) -> BatchConfig:
         items_max_queued=settings.items_max_queued,
         webhook_allow_private=settings.webhook_allow_private,
         webhook_attempts=settings.webhook_attempts,
+    )
+
+
+def idle_actions(settings: Settings, clock: Callable[[], float]) -> list[Action]:
+    """What is to be done about an idle box. Raises ``StartError`` for a command or address that is none."""
+    actions: list[Action] = []
+    if settings.idle_command:
+        environ = command_environment(base_environment(os.environ), os.environ)
+        actions.append(Command(_argv(settings.idle_command), environ))
+    if settings.idle_webhook:
+        url = settings.idle_webhook.get_secret_value()
+        secret = settings.webhook_secret.get_secret_value() if settings.webhook_secret is not None else ""
+        try:
+            posting.parse(url, allow_private=True)
+            signing_key(secret)
+        except (posting.NotAllowed, ValueError) as exc:
+            raise StartError(f"VLLM_BOOTSTRAP_IDLE_WEBHOOK: {exc}") from exc
+        actions.append(Webhook(url, secret, posting.post, clock))
+    return actions
+
+
+def _argv(command: str) -> list[str]:
+    try:
+        argv = shlex.split(command)
+    except ValueError as exc:
+        raise StartError(f"VLLM_BOOTSTRAP_IDLE_COMMAND: {exc}") from exc
+    if not argv or shutil.which(argv[0]) is None:
+        raise StartError(f"VLLM_BOOTSTRAP_IDLE_COMMAND: there is no program {argv[0] if argv else ''!r} to run")
+    return argv
+
+
+def catalogue(
+    settings: Settings,
+    store: EntryStore,
+    engines: Mapping[str, Engine],
+    *,
+    on_cpu: bool,
+    adapters: Callable[[str], Sequence[AdapterEntry]] = lambda _name: (),
+    resolved: Callable[[ModelEntry], str | None] = lambda _entry: None,
+) -> CatalogueBook:
+    """The catalogue of models that the settings name. Reads its file. Raises ``CatalogueError``."""
+    return CatalogueBook(
+        settings.models_file or default_config_dir() / MODELS_FILE,
+        store,
+        checker(engines, settings.default_engine, settings.allow_dangerous_args),
+        required=settings.models_file is not None,
+        setting=one_model(settings, on_cpu=on_cpu),
+        adapters=adapters,
+        resolved=resolved,
+    )
+
+
+def models_config(
+    settings: Settings, config: SupervisorConfig, adapters: Path, engines: Mapping[str, Engine]
+) -> ModelsConfig:
+    """What models are told, out of the settings."""
+    policy = Policy(
+        min_loaded_s=settings.model_min_loaded_s,
+        max_wait_s=settings.model_max_wait_s,
+        batch_turn_s=settings.model_batch_turn_s,
+    )
+    keeper = KeeperConfig(
+        on_demand=settings.models_by_request,
+        policy=policy,
+        ttl_s=settings.model_ttl_s,
+        asleep_ttl_s=settings.model_asleep_ttl_s,
+        backoff_s=settings.restart_backoff_s,
+        backoff_max_s=settings.restart_backoff_max_s,
+        busy_bytes=settings.gpu_busy_bytes,
+        replicas_max=settings.replicas_max,
+        externals=frozenset(name for name, engine in engines.items() if getattr(engine, "external", False)),
+    )
+    weights = WeightsConfig(
+        hf_home=config.hf_home,
+        base_env=config.base_env,
+        hf_token=config.hf_token,
+        downloads_at_once=settings.downloads_at_once,
+        disk_reserve_bytes=settings.disk_reserve_bytes,
+        uid=config.uid,
+        gid=config.gid,
+        node_id=config.node_id,
+    )
+    return ModelsConfig(keeper, weights, adapters, settings.adapter_max_bytes, config.gid, settings.model_id)
+
+
+def one_model(settings: Settings, *, on_cpu: bool) -> ModelEntry | None:
+    """The model of one-model mode, None without ``MODEL_ID``. ``on_cpu``: there are no GPUs, so the default share of
+    their memory says nothing (of the host's it would be far too much)."""
+    if settings.model_id is None:
+        return None
+    args: dict[str, object] = {"max_model_len": settings.max_model_len}
+    if settings.dtype != "auto":
+        args["dtype"] = settings.dtype
+    default = Settings.model_fields["gpu_memory_utilization"].default
+    if not on_cpu or settings.gpu_memory_utilization != default:
+        args["gpu_memory_utilization"] = settings.gpu_memory_utilization
+    return ModelEntry(
+        name=settings.model_id,
+        source=settings.model_id,
+        origin="setting",
+        revision=settings.model_revision,
+        args=args,
+        gpus=GpuNeed(count=settings.tensor_parallel),
+        pin=True,
+        preload=True,
     )

@@ -24,6 +24,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.registry import Collector
 
 from vllm_bootstrap.launches.types import EventView
+from vllm_bootstrap.model_metrics import IdleFigures, IdleMetrics, ModelMetrics
 from vllm_bootstrap.tallies import SHORT_S, BatchTally, ClassTally, Spread, Traffic
 
 # They would be a second series for each counter, which nobody here reads.
@@ -47,70 +48,77 @@ class Metrics:
         self._declare_control_plane()
         self._declare_data_plane()
         self._declare_batches()
+        self._declare_models()
 
     def _declare_launches(self) -> None:
-        self.launches = self._gauge("launches", "Active launches by state.", "state")
-        self.launch_transitions = self._counter("launch_transitions", "Launches that entered a state.", "state")
-        self.launch_failures = self._counter("launch_failures", "Attempts that failed, by failure class.", "failure")
-        self.launch_restarts = self._counter("launch_restarts", "Attempts granted by a restart policy.")
-        self.launch_start = self._histogram("launch_start_seconds", "From spawn to ready.", START_S)
-        self.forced_stops = self._counter("forced_stops", "Process trees that needed SIGKILL to end.")
-        self.shim_losses = self._counter("shim_losses", "Shims that died before their engine.")
-        self.log_dropped = self._gauge(
+        self.launches = self.gauge("launches", "Active launches by state.", "state")
+        self.launch_transitions = self.counter("launch_transitions", "Launches that entered a state.", "state")
+        self.launch_failures = self.counter("launch_failures", "Attempts that failed, by failure class.", "failure")
+        self.launch_restarts = self.counter("launch_restarts", "Attempts granted by a restart policy.")
+        self.launch_start = self.histogram("launch_start_seconds", "From spawn to ready.", START_S)
+        self.forced_stops = self.counter("forced_stops", "Process trees that needed SIGKILL to end.")
+        self.shim_losses = self.counter("shim_losses", "Shims that died before their engine.")
+        self.log_dropped = self.gauge(
             "engine_log_dropped_bytes", "Bytes of engine output that active launches' logs could not take."
         )
 
     def _declare_gpus(self) -> None:
-        self.gpu_memory_used = self._gauge("gpu_memory_used_bytes", "Memory in use, by anybody.", "gpu")
-        self.gpu_memory_total = self._gauge("gpu_memory_total_bytes", "Memory of the device.", "gpu")
-        self.gpu_utilization = self._gauge("gpu_utilization_ratio", "Share of time the device was busy.", "gpu")
-        self.gpu_state = self._gauge("gpu_state", "1 for the state a GPU is in, else 0.", "gpu", "state")
+        self.gpu_memory_used = self.gauge("gpu_memory_used_bytes", "Memory in use, by anybody.", "gpu")
+        self.gpu_memory_total = self.gauge("gpu_memory_total_bytes", "Memory of the device.", "gpu")
+        self.gpu_utilization = self.gauge("gpu_utilization_ratio", "Share of time the device was busy.", "gpu")
+        self.gpu_state = self.gauge("gpu_state", "1 for the state a GPU is in, else 0.", "gpu", "state")
 
     def _declare_control_plane(self) -> None:
-        self.build = self._gauge("build_info", "Always 1; the labels say what runs.", "version", "build_sha")
-        self.http_requests = self._counter("http_requests", "Answers of the control plane.", "route", "method", "code")
-        self.http_seconds = self._histogram(
+        self.build = self.gauge("build_info", "Always 1; the labels say what runs.", "version", "build_sha")
+        self.http_requests = self.counter("http_requests", "Answers of the control plane.", "route", "method", "code")
+        self.http_seconds = self.histogram(
             "http_request_seconds", "Time to the end of a control-plane answer, streams left out.", SHORT_S, "route"
         )
-        self.key_file_broken = self._gauge(
+        self.key_file_broken = self.gauge(
             "key_file_broken", "1 while the key file cannot be read and older keys stay in force."
         )
 
     def _declare_data_plane(self) -> None:
         self.traffic = Traffic()
         self.data_plane_request = self.traffic.finished  # counts one finished request
-        self.queue_depth = self._gauge("queue_depth", "Requests waiting for a slot.", "class")
-        self.queue_oldest = self._gauge("queue_oldest_seconds", "How long the oldest waiting request waits.", "class")
-        self.in_flight = self._gauge("in_flight_requests", "Requests an engine is working on.", "class")
-        self.batch_allowance = self._gauge(
+        self.queue_depth = self.gauge("queue_depth", "Requests waiting for a slot.", "class")
+        self.queue_oldest = self.gauge("queue_oldest_seconds", "How long the oldest waiting request waits.", "class")
+        self.in_flight = self.gauge("in_flight_requests", "Requests an engine is working on.", "class")
+        self.batch_allowance = self.gauge(
             "batch_allowance_sequences", "Sequences that batch may run at once now.", "model"
         )
-        self.batch_running = self._gauge("batch_running_sequences", "Sequences that batch runs.", "model")
-        self.realtime_reserve = self._gauge(
+        self.batch_running = self.gauge("batch_running_sequences", "Sequences that batch runs.", "model")
+        self.realtime_reserve = self.gauge(
             "realtime_reserve_sequences", "Slots that batch never gets, kept for realtime.", "model"
         )
         self.registry.register(_TrafficMetrics(self.traffic, self._note))
 
     def _declare_batches(self) -> None:
         self.batch_lines = BatchTally()
-        self.batches = self._gauge("batches", "Batches that have not ended, by state.", "state")
-        self.batches_paused = self._gauge("batches_paused", "Batches that have not ended and are paused.")
-        self.items_waiting = self._gauge("items_waiting", "Single items that have not ended.")
+        self.batches = self.gauge("batches", "Batches that have not ended, by state.", "state")
+        self.batches_paused = self.gauge("batches_paused", "Batches that have not ended and are paused.")
+        self.items_waiting = self.gauge("items_waiting", "Single items that have not ended.")
         self.registry.register(_BatchMetrics(self.batch_lines, self._note))
+
+    def _declare_models(self) -> None:
+        self.models = ModelMetrics(self)
+        self.idle_time = IdleFigures()
+        self.box_idle = self.gauge("box_idle_seconds", "How long the box has been idle now, 0 while it is not.")
+        self.registry.register(IdleMetrics(PREFIX, self.idle_time, self._note))
 
     def _note(self, name: str, kind: str, labels: tuple[str, ...], help_text: str) -> None:
         shown = ", ".join(f"`{label}`" for label in labels)
         self._described.append((f"{PREFIX}_{name}", kind, shown, help_text))
 
-    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
+    def counter(self, name: str, help_text: str, *labels: str) -> Counter:
         self._note(name + "_total", "counter", labels, help_text)
         return Counter(name, help_text, labels, namespace=PREFIX, registry=self.registry)
 
-    def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
+    def gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
         self._note(name, "gauge", labels, help_text)
         return Gauge(name, help_text, labels, namespace=PREFIX, registry=self.registry)
 
-    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+    def histogram(self, name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         self._note(name, "histogram", labels, help_text)
         return Histogram(name, help_text, labels, namespace=PREFIX, registry=self.registry, buckets=buckets)
 

@@ -1,7 +1,7 @@
 """Settings: frozen values, read once at the composition root from environment and an env file.
 
 Invariant: inner code never reads the environment, it gets plain arguments. Every setting has a documented default
-(docs/configuration.md, checked by a test). A setting of a feature that is not built yet is refused, never ignored.
+(docs/configuration.md, checked by a test). A setting that would have no effect is refused, never ignored.
 
 Each field may be given as ``VLLM_BOOTSTRAP_<NAME>``; some also under an established name, which the prefix wins over.
 """
@@ -20,14 +20,8 @@ from vllm_bootstrap.places import default_state_dir, running_as_root
 
 PREFIX = "VLLM_BOOTSTRAP_"
 MIB, GIB = 1024**2, 1024**3
-
-NOT_BUILT = {
-    "MODEL_ID": "one-model mode",
-    "DTYPE": "one-model mode",
-    "TENSOR_PARALLEL": "one-model mode",
-    "MAX_MODEL_LEN": "one-model mode",
-    "GPU_MEMORY_UTILIZATION": "one-model mode",
-}
+# Without MODEL_ID these say nothing.
+OF_ONE_MODEL = ("model_revision", "dtype", "tensor_parallel", "max_model_len", "gpu_memory_utilization")
 
 
 def _names(name: str, *established: str) -> AliasChoices:
@@ -132,6 +126,7 @@ class Settings(BaseSettings):
     gpu_busy_bytes: int = Field(1 * GIB, ge=0)
     gpu_settle_timeout_s: float = Field(60, ge=0)
     gpu_settle_tolerance_bytes: int = Field(512 * MIB, ge=0)
+    sleep_memory_reserve_bytes: int = Field(8 * GIB, ge=0)
     nvml_timeout_s: float = Field(5, gt=0)
 
     # Data plane
@@ -181,6 +176,34 @@ class Settings(BaseSettings):
     webhook_allow_private: bool = False
     webhook_attempts: int = Field(10, ge=1)
 
+    # An idle box
+    idle_after_s: float = Field(0, ge=0)
+    idle_command: str | None = None
+    idle_webhook: SecretStr | None = None
+
+    # Models
+    models_file: Path | None = None
+    on_demand: Literal["catalogue", "any", "off"] | None = None
+    cold_start_hold_s: float = Field(30, ge=0)
+    model_ttl_s: float = Field(0, ge=0)
+    model_asleep_ttl_s: float = Field(0, ge=0)
+    model_min_loaded_s: float = Field(10, ge=0)
+    model_max_wait_s: float = Field(15, ge=0)
+    model_batch_turn_s: float = Field(600, ge=0)
+    fit_check: bool = True
+    downloads_at_once: int = Field(1, ge=1, le=16)
+    adapter_max_bytes: int = Field(4 * GIB, ge=1024)
+    model_id: str | None = Field(None, min_length=1, validation_alias=_names("model_id", "MODEL_ID"))
+    model_revision: str | None = Field(None, validation_alias=_names("model_revision", "MODEL_REVISION"))
+    dtype: Literal["auto", "half", "float16", "bfloat16", "float", "float32"] = Field(
+        "auto", validation_alias=_names("dtype", "DTYPE")
+    )
+    tensor_parallel: int = Field(1, ge=1, le=64, validation_alias=_names("tensor_parallel", "TENSOR_PARALLEL"))
+    max_model_len: int = Field(8192, ge=1, validation_alias=_names("max_model_len", "MAX_MODEL_LEN"))
+    gpu_memory_utilization: float = Field(
+        0.90, gt=0, le=1, validation_alias=_names("gpu_memory_utilization", "GPU_MEMORY_UTILIZATION")
+    )
+
     # Build facts, shown by /version
     build_sha: str = Field("dev", validation_alias=_names("build_sha", "BUILD_SHA"))
     build_time: str = Field("dev", validation_alias=_names("build_time", "BUILD_TIME"))
@@ -214,7 +237,17 @@ class Settings(BaseSettings):
             raise ValueError("VLLM_LAUNCH_PORT_END must not be below VLLM_LAUNCH_PORT_START")
         if self.engine_log_max_bytes < 2 * self.engine_log_segment_bytes:
             raise ValueError("VLLM_BOOTSTRAP_ENGINE_LOG_MAX_BYTES must hold at least two segments")
+        if self.model_id is None and (pointless := self._changed(*OF_ONE_MODEL)):
+            raise ValueError(
+                f"{pointless[0].upper()} says how the model of MODEL_ID is run, and MODEL_ID is not set: set it, or "
+                f"unset {pointless[0].upper()} (for models of the catalogue it stands in models.yaml)"
+            )
+        if (self.idle_command or self.idle_webhook) and "idle_after_s" not in self.model_fields_set:
+            raise ValueError("VLLM_BOOTSTRAP_IDLE_AFTER_S must say after how long (0 turns it off)")
         return self
+
+    def _changed(self, *names: str) -> list[str]:
+        return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
 
     @property
     def is_loopback(self) -> bool:
@@ -229,17 +262,12 @@ class Settings(BaseSettings):
         return "simulator" if self.mock_devices else self.engine
 
     @property
+    def models_by_request(self) -> Literal["catalogue", "any", "off"]:
+        """Which models a request may have loaded. Where a pretended one was asked for, any."""
+        return self.on_demand or ("any" if self.use_mock_model else "catalogue")
+
+    @property
     def mock_devices(self) -> int:
         """Number of mock GPUs, 0 for real devices."""
         text = self.devices or ("mock:2" if self.use_mock_model else "")
         return int(text.removeprefix("mock:")) if text.startswith("mock:") else 0
-
-
-def unbuilt(environ: dict[str, str]) -> list[str]:
-    """One sentence for each setting in ``environ`` whose feature is not built yet."""
-    return [
-        f"{key} is set, but {feature} is not built yet: unset it"
-        for name, feature in NOT_BUILT.items()
-        for key in (PREFIX + name, name)
-        if environ.get(key)
-    ]

@@ -36,6 +36,11 @@ class Spread:
         self._counts[bisect_left(self._bounds, value)] += 1
         self.total += value
 
+    @property
+    def count(self) -> int:
+        """How many values there are."""
+        return sum(self._counts)
+
     def cumulated(self) -> list[tuple[str, int]]:
         """Bounds as text (``+Inf`` at the end) with the count of values up to them."""
         found, sum_so_far = [], 0
@@ -101,6 +106,11 @@ class Traffic(Watcher):
     def finished(self, record: RequestRecord) -> None:
         """Count one finished request."""
         self.classes[record.cls or "none"].add(record)
+
+    @property
+    def served(self) -> int:
+        """How many requests have had a place on an engine and ended."""
+        return sum(tally.wait.count for tally in self.classes.values())
 
     # What the scheduler did with one request
 

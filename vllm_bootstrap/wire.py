@@ -11,8 +11,9 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints, field_validator
 
+OWN_LABELS = "vllm-bootstrap."
 API_VERSION: Literal["v1"] = "v1"
-LaunchState = Literal["bootstrapping", "ready", "stopping", "stopped", "failed", "asleep"]
+LaunchState = Literal["bootstrapping", "ready", "stopping", "stopped", "failed", "falling_asleep", "asleep", "waking"]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f]+$")]
 T = TypeVar("T")
 
@@ -60,11 +61,20 @@ class LaunchRequest(Request):
     enforce_eager: bool | None = None
     enable_prefix_caching: bool | None = None
     trust_remote_code: bool | None = None
+    sleep: Literal[0, 1, 2] = 0
     extra_args: dict[str, Any] = Field(default_factory=dict)
     env: dict[str, str] = Field(default_factory=dict)
     replicas: StrictInt | Literal["per_gpu"] | None = None
     labels: dict[str, str] = Field(default_factory=dict, max_length=32)
     restart: RestartSpec | Literal["never", "on-failure"] | None = None
+
+    @field_validator("labels")
+    @classmethod
+    def _no_label_of_ours(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if name.startswith(OWN_LABELS):
+                raise ValueError(f"{name}: labels that begin with {OWN_LABELS} are the daemon's own")
+        return value
 
     @field_validator("replicas")
     @classmethod
@@ -282,15 +292,21 @@ class GpuListing(Listing[GpuInfo]):
 
 
 class ModelInfo(BaseModel):
-    """A served model in OpenAI's form. ``status``, ``root`` (what was launched) and ``launch_ids`` are ours."""
+    """A model in OpenAI's form. ``root`` (what is launched), ``status``, ``launch_ids`` and ``description`` are ours.
+    ``parent``: this is an adapter, served by the engine of that model; ``alias_of``: another name of that one.
+    ``unloaded`` and ``asleep`` ones are loaded when they are asked for."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "vllm-bootstrap"
     root: str
-    status: Literal["loaded", "loading", "unresponsive", "unloading"]
+    status: Literal["loaded", "loading", "unresponsive", "unloading", "asleep", "failed", "unloaded"]
     launch_ids: list[str]
+    parent: str | None = None
+    alias_of: str | None = None
+    max_model_len: int | None = None
+    description: str | None = None
 
 
 class ModelListing(BaseModel):
@@ -331,9 +347,51 @@ class HostStats(BaseModel):
     disk_free_bytes: int
 
 
+class Hours(BaseModel):
+    """``idle_h`` is all time that was seen and was not work, whether a launch held the device or not."""
+
+    claimed_h: float
+    working_h: float
+    idle_h: float
+
+
+class DeviceHours(BaseModel):
+    """``total`` counts from ``since``, over all starts of the daemon. ``index`` is None for the whole box, which works
+    while any of its devices does."""
+
+    device: str
+    index: int | None = None
+    since: datetime
+    total: Hours
+    this_start: Hours
+
+
+class IdleAction(BaseModel):
+    """What became of the idle command or webhook since the box is idle, and how its last attempt ended."""
+
+    name: str
+    state: Literal["waiting", "running", "completed", "failed", "given_up"]
+    attempts: int
+    last_at: datetime | None = None
+    last_error: str | None = None
+
+
+class Idle(BaseModel):
+    """``idle_s``: how long the box has been idle now. ``fires_in_s``: when the hook is due if it stays so."""
+
+    idle_s: float
+    busy_because: str | None = None
+    box: DeviceHours
+    gpus: list[DeviceHours]
+    after_s: float
+    fires_in_s: float | None = None
+    actions: list[IdleAction]
+
+
 class Stats(Answer):
     host: HostStats
     launches: dict[str, int]
     gpus: dict[str, int]
     queues: dict[str, Load]
     uptime_s: float
+    idle: Idle | None = None

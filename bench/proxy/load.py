@@ -2,7 +2,7 @@
 
 ``python -m bench.proxy.load PORT KEY WORK``, where WORK is one of
 
-* ``requests N TOTAL``: N connections send TOTAL requests, each the next as soon as the last was answered;
+* ``requests N TOTAL [PATH MODEL]``: N connections send TOTAL requests, each the next as soon as the last was answered;
 * ``paced N TOTAL``: the same, but each connection sends one request every 100 ms, all of them evenly spread;
 * ``streams N EVENTS MS IDLE``: N streams at once, begun within half a second, beside IDLE connections that have had one
   answer each and say nothing more. With IDLE it prints ``ready`` once they are there and waits for a line before.
@@ -95,9 +95,9 @@ class Idler(Client):
         self.run.done += 1
 
 
-def request(port: int, key: str, *, stream: str = "") -> bytes:
-    body = json.dumps({"model": "bench", "prompt": stream or "hello", "stream": bool(stream)}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: Bearer {key}\r\n"
+def request(port: int, key: str, *, stream: str = "", path: str = "/v1/completions", model: str = "bench") -> bytes:
+    body = json.dumps({"model": model, "prompt": stream or "hello", "stream": bool(stream)}).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: Bearer {key}\r\n"
     return f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
 
@@ -121,7 +121,8 @@ async def main() -> None:
         run = Run(request(int(port), key, stream=f"events/ms {events}/{interval_ms}"), connections, connections)
         spread_s = 0.5 if connections > 1 else 0.0
     else:
-        run = Run(request(int(port), key), int(rest[0]), connections, pace_s=PACE_S if kind == "paced" else 0.0)
+        asked = request(int(port), key, **dict(zip(("path", "model"), rest[1:], strict=False)))
+        run = Run(asked, int(rest[0]), connections, pace_s=PACE_S if kind == "paced" else 0.0)
         spread_s = PACE_S if kind == "paced" else 0.0
     loop = asyncio.get_running_loop()
     gc.disable()

@@ -242,6 +242,16 @@ async function forget(id) {
   await refresh();
 }
 
+/* Each part of a model's name by itself: the slashes between them are the path's. */
+async function move(name, verb) {
+  const path = name.split("/").map(encodeURIComponent).join("/");
+  const button = document.activeElement;
+  const asked = ask("POST", `models/${path}/${verb}`).catch(complain);
+  await Promise.race([asked, new Promise((done) => setTimeout(done, POLL_MS))]);
+  await refresh();
+  if (!button?.isConnected) [...document.querySelectorAll("#models .row")].find((row) => row.dataset.name === name)?.querySelector("button")?.focus();
+}
+
 function askToCancel(id) {
   const dialog = $("cancel-dialog");
   $("cancel-name").textContent = nameOf(`request-${id}`);
@@ -406,11 +416,13 @@ function openLog(id) {
 function clicked(event) {
   const button = event.target.closest("button");
   if (!button) return;
-  const { log, stop: ending, forget: ended, cancel: request } = button.dataset;
+  const { log, stop: ending, forget: ended, cancel: request, load: wanted, unload: unwanted } = button.dataset;
   if (log) openLog(log);
   else if (ending) askToStop(ending);
   else if (ended) forget(ended);
   else if (request) askToCancel(request);
+  else if (wanted) move(wanted, "load");
+  else if (unwanted) move(unwanted, "unload");
   else if (button.hasAttribute("data-close")) button.closest("dialog").close();
 }
 

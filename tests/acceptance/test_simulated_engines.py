@@ -68,6 +68,30 @@ def test_mock_memory_shows_and_comes_back(tmp_path):
         assert json.loads(file.read_text())["used"] == {gpu["uuid"]: 0}
 
 
+PRIVATE = [
+    ("POST", "sleep"), ("POST", "sleep?level=2"), ("POST", "wake_up"), ("POST", "wake_up?tags=weights"),
+    ("GET", "is_sleeping"), ("POST", "collective_rpc"), ("POST", "release_kv_cache_memory"), ("POST", "pause"),
+    ("POST", "resume"), ("POST", "update_weights"), ("GET", "server_info"), ("POST", "reset_prefix_cache"),
+    ("POST", "v1/../sleep"), ("POST", "/sleep"), ("POST", "%73leep"), ("POST", "SLEEP"), ("POST", "sleep/"),
+    ("POST", "v1/sleep"), ("GET", "v1/..%2fis_sleeping"),
+]  # fmt: skip
+
+
+def test_nobody_but_the_daemon_puts_an_engine_to_sleep():
+    with DaemonProcess(access_key="k-admin") as daemon:
+        launch_id = daemon.ready(sleep=1, served_model_name="sim")["launch_id"]
+        for method, path in PRIVATE:
+            body = {"method": "rm"} if method == "POST" else None
+            answer = daemon.request(method, f"/proxy/{launch_id}/{path}", body)
+            assert answer.status in (400, 403, 404, 405), (method, path)
+            assert b"reached" not in answer.body
+        for method, path in PRIVATE[:5]:
+            assert daemon.request(method, f"/{path}", {} if method == "POST" else None).status in (404, 405)
+        asked = {"model": "sim", "messages": [{"role": "user", "content": "one two"}]}
+        assert daemon.request("POST", "/v1/chat/completions", asked).status == 200
+        daemon.stop_launch(launch_id)
+
+
 def test_a_killed_daemon_comes_back_to_its_engines_and_stops_them():
     with DaemonProcess(access_key="k-1") as daemon:
         assert daemon.request("GET", "/launches", key="").status == 401

@@ -16,6 +16,8 @@ from vllm_bootstrap.db import MIGRATIONS, Database
 from vllm_bootstrap.gpus.ledger import Claim, Ledger
 from vllm_bootstrap.launches.lifecycle import BOOTSTRAPPING, FAILED, READY, STOPPED, STOPPING, Why
 from vllm_bootstrap.launches.store import LaunchStore
+from vllm_bootstrap.models.entries import EntryStore
+from vllm_bootstrap.models.types import AdapterEntry, GpuNeed, ModelEntry, Rewrite
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 OLD = sorted(FIXTURES.glob("state_v*.sql"))
@@ -94,3 +96,17 @@ async def look_behind(store: LaunchStore) -> None:
     assert await store.estimate("org/model", "vllm", "1 x NVIDIA H200", "abc") == 39.5
     note = await store.note(ONE, 1, "still_writable", 100.0)
     assert note.seq > max(event.seq for event in await store.events(TWO))
+
+
+@pytest.mark.parametrize("dump", [dump for dump in OLD if dump.stem >= "state_v3"], ids=lambda dump: dump.stem)
+def test_models_that_were_added_are_still_there(dump: Path, tmp_path: Path) -> None:
+    database = Database.open(restored(dump, tmp_path / "old.db"))
+    qwen = ModelEntry(
+        "qwen", "org/qwen", origin="runtime", aliases=("chat",), args={"dtype": "half"}, ttl_s=900.0,
+        gpus=GpuNeed(2, (0, "GPU-b"), 1024, 0.5), rewrite=Rewrite({"temperature": 0}, frozenset({"seed"})),
+        adapters=(AdapterEntry("support", "/adapters/support", ("help",)),), description="été",
+    )  # fmt: skip
+    try:
+        assert run(EntryStore(database).all()) == [qwen, ModelEntry("tiny", "/models/tiny", origin="runtime")]
+    finally:
+        database.close()

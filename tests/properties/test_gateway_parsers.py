@@ -74,6 +74,27 @@ def test_an_edit_changes_one_member_and_keeps_every_other_byte(
             assert _written(after, name) == _written(body, name)
 
 
+@given(texts(), st.data())
+@settings(max_examples=250, deadline=None)
+def test_edits_of_several_members_keep_every_other_byte(made: tuple[str, dict[str, Any]], data: st.DataObject) -> None:
+    text, meaning = made
+    if _has_surrogates(text):
+        return
+    body = bodies.parse(text.encode())
+    some = st.sampled_from(sorted(meaning)) if meaning else st.just("new")
+    edits = data.draw(st.dictionaries(some | names, st.none() | st.integers() | st.booleans(), max_size=6))
+    if any(map(_has_surrogates, edits)):
+        return
+    after = bodies.parse(bodies.with_members(body, edits))
+    assert after.fields == {
+        **{name: value for name, value in meaning.items() if name not in edits},
+        **{name: value for name, value in edits.items() if value is not None},
+    }
+    untouched = [name for name in meaning if name not in edits]
+    assert [_written(after, name) for name in untouched] == [_written(body, name) for name in untouched]
+    assert [name for name in after.spans if name in untouched] == untouched
+
+
 def _written(body: bodies.JsonBody, name: str) -> str:
     start, _, end = body.spans[name]
     return body.text[start:end]

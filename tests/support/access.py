@@ -35,6 +35,7 @@ class Route:
             "{file_id}": "no-such-file",
             "{batch_id}": "no-such-batch",
             "{item_id}": "no-such-item",
+            "{adapter}": "no-such-adapter",
         }
         found = self.path
         for name, value in values.items():

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from tests.support.batch_desks import FakeBatches, FakeItems, FakeShelf
+from tests.support.model_desk import FakeModels
 from vllm_bootstrap.activity import Activity
 from vllm_bootstrap.api.app import build_api
 from vllm_bootstrap.api.services import Services
@@ -268,6 +269,7 @@ def make(keys: Iterable[Key] = (), *, protect_all: bool = False, settings: Mappi
         files=shelf,
         batches=FakeBatches(shelf),
         items=FakeItems(),
+        models=FakeModels(),
         activity=Activity.open(Path("/nowhere"), rows=0),
         inventory=FakeDevices(),
         gpus=FakeGpus(),

@@ -27,6 +27,7 @@ from vllm_bootstrap.auth.types import Principal
 from vllm_bootstrap.gateway import Gateway, GatewayLimits, RequestRecord, make_protocol
 from vllm_bootstrap.gateway.targets import BY_MODEL
 from vllm_bootstrap.scheduler.gate import Gate
+from vllm_bootstrap.scheduler.ports import Prospects
 from vllm_bootstrap.serving import Advert, Endpoint, EngineRoute, Instance
 
 T = TypeVar("T")
@@ -248,14 +249,23 @@ async def running(
     queue_timeout_s: float = 30,
     allowed_hosts: Iterable[str] = (),
     tls: ssl.SSLContext | None = None,
+    prospects: Prospects | None = None,
+    hold_s: float = 30,
+    **about_models: Any,
 ) -> AsyncIterator[Plane]:
-    """Our protocol class on a port of its own."""
+    """Our protocol class on a port of its own. ``about_models``: what the gateway asks about models."""
     table = KEYS if keys is None else keys
     ring = KeyRing([Key(digest(token), principal) for token, principal in table.items()])
     guard = Guard(ring, Sessions(ring, lifetime_s=60), open_access=not table, allowed_hosts=allowed_hosts)
-    gate = Gate(max_queued=max_queued, queue_timeout_s=queue_timeout_s, ended=lambda one: one == "ended-before")
+    gate = Gate(
+        max_queued=max_queued,
+        queue_timeout_s=queue_timeout_s,
+        ended=lambda one: one == "ended-before",
+        prospects=prospects,
+        hold_s=hold_s,
+    )
     records: list[RequestRecord] = []
-    gateway = Gateway(guard, gate, limits, spool_dir=tmp, on_record=records.append)
+    gateway = Gateway(guard, gate, limits, spool_dir=tmp, on_record=records.append, **about_models)
     # What uvicorn's server does with the class, without its rounds of sleeping at the end.
     config = uvicorn.Config(app, http=make_protocol(gateway), ws="none", lifespan="off", log_config=None)
     config.load()

@@ -17,6 +17,7 @@ class VllmLike:
 
     name = "vllm"
     takes_vllm_flags = True
+    serves_more_names = True
 
 
 class Other:

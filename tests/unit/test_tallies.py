@@ -41,6 +41,7 @@ def test_the_first_token_of_a_stream_counts_from_arrival_the_first_byte_from_the
     traffic.finished(record())
     tally = of(traffic)
     assert (tally.first_byte.total, tally.first_token.total, tally.wait.total) == (0.25, 0.75, 0.5)
+    assert (tally.wait.count, traffic.served) == (1, 1)
     assert tally.token_gap.total == 0.01
     assert tally.tokens == {"model": [7, 11]}
 
@@ -57,6 +58,7 @@ def test_a_refused_request_is_a_status_and_nothing_more():
     traffic.finished(record(status=429, launch_id=None, first_byte_s=None, prompt_tokens=None, completion_tokens=None))
     traffic.finished(record(status=401, cls=None, launch_id=None, owner=None, model=None))
     assert of(traffic).statuses == {429: 1}
+    assert traffic.served == 0
     assert of(traffic).wait.cumulated()[-1] == ("+Inf", 0)
     assert of(traffic).tokens == {}
     assert of(traffic, "none").statuses == {401: 1}

@@ -1,9 +1,10 @@
 # ruff: noqa: PLC0415 - the engine's libraries take seconds to import, the usage message should not
 """Make a tiny random Llama with its own tokenizer, for tests against a real engine. Nothing is downloaded.
 
-Run it with the engine's interpreter (it needs torch, transformers and tokenizers): ``make_tiny_model.py OUTPUT_DIR``.
-The result is deterministic: 2.4 million random parameters (9 MB), a byte-level BPE of 2,048 tokens trained on text that
-is generated here, and a chat template. Idempotent: an output directory that is complete is left as it is.
+Run it with the engine's interpreter (it needs torch, transformers and tokenizers): ``make_tiny_model.py OUTPUT_DIR``,
+with a number behind it for a model that answers otherwise. The result is deterministic: 2.4 million random parameters
+(9 MB), a byte-level BPE of 2,048 tokens trained on text that is generated here, and a chat template. Idempotent: an
+output directory that is complete is left as it is.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 VOCABULARY = 2048
 POSITIONS = 2048
+DEFAULT_SEED = 7
 SPECIALS = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"
@@ -53,11 +55,11 @@ def make_tokenizer(out: Path) -> None:
     wrapped.save_pretrained(out)
 
 
-def make_model(out: Path) -> None:
+def make_model(out: Path, seed: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
@@ -75,15 +77,15 @@ def make_model(out: Path) -> None:
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) != 2:
-        print("usage: make_tiny_model.py OUTPUT_DIR", file=sys.stderr)
+    if len(argv) not in (2, 3):
+        print("usage: make_tiny_model.py OUTPUT_DIR [SEED]", file=sys.stderr)
         return 2
-    out = Path(argv[1])
+    out, seed = Path(argv[1]), int(argv[2]) if len(argv) == 3 else DEFAULT_SEED
     complete = out / ".complete"
     if not complete.exists():
         out.mkdir(parents=True, exist_ok=True)
         make_tokenizer(out)
-        make_model(out)
+        make_model(out, seed)
         complete.touch()
     print(out)
     return 0

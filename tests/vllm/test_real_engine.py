@@ -17,6 +17,9 @@ import pytest
 
 from tests.support.waiting import wait_for
 from tests.vllm.box import SERVED, Box, engine_core_of, processes_of, wait_until_gone
+from vllm_bootstrap.engines.vllm_command import CPU_KV_CACHE_GIB
+from vllm_bootstrap.models.fit import GIB, Wish, cache_of, cache_tokens
+from vllm_bootstrap.models.shape import read_shape
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -45,6 +48,14 @@ def test_it_gets_ready_and_shows_its_phases(box: Box, launch_id: str) -> None:
     assert status["load"]["capacity"] == 32
     names = [event["event"] for event in box.get(f"/status/{launch_id}/events")["data"]]
     assert names[-1] == "became_ready"
+
+
+def test_its_cache_holds_as_many_tokens_as_reckoned(box: Box, launch_id: str, tiny_model: Path) -> None:
+    said = re.search(r"KV cache size: ([\d,]+) tokens", box.log_tail(launch_id, lines=1000))
+    assert said is not None
+    cache = cache_of(read_shape(json.loads((tiny_model / "config.json").read_text())), Wish(dtype="float32"))
+    assert cache is not None
+    assert int(said[1].replace(",", "")) == cache_tokens(cache, CPU_KV_CACHE_GIB * GIB, 1024, 0)
 
 
 def test_its_processes_show_no_secret(box: Box, launch_id: str) -> None:

@@ -10,7 +10,9 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from vllm_bootstrap.api import (
+    adapters,
     batches,
+    catalogue,
     control,
     dashboard,
     docs,
@@ -23,6 +25,7 @@ from vllm_bootstrap.api import (
     models,
     openapi,
     requests,
+    weights,
 )
 from vllm_bootstrap.api.envelope import Envelope
 from vllm_bootstrap.api.errors import answer_error
@@ -41,6 +44,9 @@ def build_api(services: Services) -> FastAPI:
     routes = Registrar(app, services.guard)
     for module in (health, control, requests, files, batches, items, logs, gpus, models, metrics_route, dashboard):
         module.register(routes)
+    for module in (catalogue, weights, adapters):
+        module.register(routes)
+    catalogue.register_last(routes)
     docs.register(routes, lambda: openapi.describe(app, routes.entries))
     app.state.routes = routes
     routes.check()

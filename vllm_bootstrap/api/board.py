@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from vllm_bootstrap.api.board_models import ModelsPart
 from vllm_bootstrap.api.board_traffic import SlotsCard, TrafficPart, slots_card
 from vllm_bootstrap.launches.types import LaunchView
 from vllm_bootstrap.wire import GpuInfo, GpuListing, LaunchStatus, Progress
 from vllm_bootstrap.wording import duration, percent, phase, reason, size, time_left, words
 
+LABELS = {"bootstrapping": "loading", "falling_asleep": "falling asleep"}
 ENDED_STATES = frozenset({"stopped", "failed"})
 ENDED_SHOWN = 8
 NEARLY = 0.99
@@ -87,6 +89,7 @@ class Board:
     gpus: tuple[GpuCard, ...]
     gpu_note: str = ""
     traffic: TrafficPart = field(default_factory=TrafficPart)
+    models: ModelsPart = field(default_factory=ModelsPart)
     allowed: frozenset[str] = field(default_factory=frozenset)
 
 
@@ -103,6 +106,7 @@ def make(
     now: datetime,
     allowed: frozenset[str],
     traffic: TrafficPart | None = None,
+    models: ModelsPart | None = None,
 ) -> Board:
     """``launches`` newest first. ``allowed``: what the caller may do beyond looking (``admin``, ``logs``)."""
     active = [launch for launch in launches if launch.state not in ENDED_STATES]
@@ -115,6 +119,7 @@ def make(
         gpus=tuple(gpu_card(gpu, names) for gpu in gpus.data),
         gpu_note=_gpu_note(gpus),
         traffic=traffic or TrafficPart(),
+        models=models or ModelsPart(),
         allowed=allowed,
     )
 
@@ -147,9 +152,9 @@ def launch_card(launch: LaunchStatus, now: datetime) -> LaunchCard:
         name=launch.served_model_name,
         model=launch.model,
         tone="unresponsive" if unresponsive else launch.state,
-        label="unresponsive" if unresponsive else {"bootstrapping": "loading"}.get(launch.state, launch.state),
+        label="unresponsive" if unresponsive else LABELS.get(launch.state, launch.state),
         active=launch.state not in ENDED_STATES,
-        can_stop=launch.state in ("bootstrapping", "ready"),
+        can_stop=launch.state not in (*ENDED_STATES, "stopping"),
         device=_where(launch),
         summary=_summary(launch, now),
         bar=_start_bar(launch) if launch.state == "bootstrapping" else None,
@@ -180,6 +185,8 @@ def _summary(launch: LaunchStatus, now: datetime) -> str:
         return f"{running}{of} running · {queued} queued · up {since}"
     if launch.state == "stopping":
         return f"{reason(launch.stopping_because)}, for {since}"
+    if launch.state in ("falling_asleep", "asleep", "waking"):
+        return f"for {since}"
     if launch.state == "bootstrapping":
         return f"attempt {launch.attempt}" if launch.attempt > 1 else ""
     lived = duration((launch.state_changed_at - launch.created_at).total_seconds())

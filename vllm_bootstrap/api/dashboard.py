@@ -20,7 +20,9 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from vllm_bootstrap.activity import ActivityFilter
 from vllm_bootstrap.api import board, pages, views
+from vllm_bootstrap.api.board_models import models_part
 from vllm_bootstrap.api.board_traffic import RECENT_SHOWN, TrafficPart, traffic_part
+from vllm_bootstrap.api.catalogue import may_see
 from vllm_bootstrap.api.gpus import gpu_listing
 from vllm_bootstrap.api.registrar import Registrar
 from vllm_bootstrap.api.services import Api, Caller, Services
@@ -110,7 +112,8 @@ async def _parts(request: Request, api: Services, caller: Principal) -> str:
         for view in board.worth_showing(api.supervisor.list(include_ended=True))
     ]
     now = datetime.fromtimestamp(api.clock(), UTC)
-    made = board.make(launches, await gpu_listing(api), now, allowed, await _traffic(api, caller))
+    models = models_part([one for one in api.models.list() if may_see(caller, one)], launches, api.models.note)
+    made = board.make(launches, await gpu_listing(api), now, allowed, await _traffic(api, caller), models)
     has_session = COOKIE in request.cookies and not api.guard.open_access
     return pages.render("parts.html", board=made, caller=caller.name, has_session=has_session)
 

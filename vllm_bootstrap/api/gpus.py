@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 from starlette.responses import Response
 
-from vllm_bootstrap.api import views
+from vllm_bootstrap.api import idle_views, views
 from vllm_bootstrap.api.answers import answer
 from vllm_bootstrap.api.registrar import Registrar
 from vllm_bootstrap.api.services import Api, Services
@@ -47,6 +47,7 @@ async def read_stats(api: Api) -> Response:
             for model, report in api.gate.queues().items()
         },
         uptime_s=round(max(0.0, api.clock() - api.started_at), 3),
+        idle=None if api.idle is None else idle_views.idle(api.idle.report()),
     )
     return answer(stats)
 

@@ -26,11 +26,15 @@ async def live() -> Response:
 
 
 async def healthy(api: Api) -> Response:
-    """200 when the daemon can serve; 503 while it starts and while it drains."""
+    """200 when the daemon can serve; 503 while it starts and while it drains, and in one-model mode until the model
+    serves."""
     error = api.outage()
-    if error is None:
-        return answer(Health(status="ok"))
-    return JSONResponse({"status": api.phase, **error.body()}, error.status, error.headers())
+    if error is not None:
+        return JSONResponse({"status": api.phase, **error.body()}, error.status, error.headers())
+    missing = api.not_ready()
+    if missing is not None:
+        return JSONResponse({"status": "starting", **missing.body()}, missing.status, missing.headers())
+    return answer(Health(status="ok"))
 
 
 async def version(api: Api) -> Response:

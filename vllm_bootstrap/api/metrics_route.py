@@ -16,7 +16,7 @@ from vllm_bootstrap.metrics import CONTENT_TYPE
 from vllm_bootstrap.scheduler.ports import BudgetReport
 from vllm_bootstrap.wire import GpuListing
 
-ACTIVE_STATES = ("bootstrapping", "ready", "stopping")
+ACTIVE_STATES = ("bootstrapping", "ready", "falling_asleep", "asleep", "waking", "stopping")
 GPU_STATES = ("free", "claimed", "busy", "unsettled", "unknown")
 CLASSES = ("realtime", "batch")
 
@@ -45,6 +45,7 @@ def refresh(api: Services, listing: GpuListing, dropped: int) -> None:
     metrics.log_dropped.set(dropped)
     _refresh_traffic(api)
     _refresh_batches(api)
+    _refresh_models(api)
     _refresh_gpus(api, listing)
 
 
@@ -85,6 +86,20 @@ def _refresh_batches(api: Services) -> None:
             api.metrics.batches.labels(state.value).set(counts.get(state.value, 0))
     api.metrics.batches_paused.set(counts.get("paused", 0))
     api.metrics.items_waiting.set(api.items.waiting)
+
+
+def _refresh_models(api: Services) -> None:
+    views = api.models.list()
+    held: Counter[str] = Counter()
+    for view in views:
+        if view.state != "loaded":
+            held.update(view.waiting)
+    api.metrics.models.held(held)
+    api.metrics.models.states({view.entry.name: view.state for view in views})
+    if api.idle is not None:
+        report = api.idle.report()
+        api.metrics.idle_time.gpus = report.gpus
+        api.metrics.box_idle.set(report.idle_s)
 
 
 def _refresh_gpus(api: Services, listing: GpuListing) -> None:

@@ -16,19 +16,21 @@ from starlette.requests import Request
 
 from vllm_bootstrap.activity import ActivityFilter, ActivityRow, UsageRow
 from vllm_bootstrap.api import views
+from vllm_bootstrap.api.model_desk import ModelDesk
 from vllm_bootstrap.auth import scopes
 from vllm_bootstrap.auth.guard import Guard
 from vllm_bootstrap.auth.keys import KeyRing
 from vllm_bootstrap.auth.sessions import Sessions
 from vllm_bootstrap.auth.types import Principal
 from vllm_bootstrap.batches.types import BatchEvent, BatchView, FileRow, ItemView, NewBatch, NewItem
-from vllm_bootstrap.errors import Draining, Unavailable
+from vllm_bootstrap.errors import ApiError, Draining, Unavailable
 from vllm_bootstrap.gateway.inflight import RequestInfo
 from vllm_bootstrap.gpus.ledger import Ledger
 from vllm_bootstrap.gpus.readings import Snapshot
 from vllm_bootstrap.launches.logs import LogReader
 from vllm_bootstrap.launches.types import EventView, GroupView, LaunchOrder, LaunchView, StopOutcome
 from vllm_bootstrap.metrics import Metrics
+from vllm_bootstrap.models.idle_time import IdleReport
 from vllm_bootstrap.scheduler.ports import BudgetReport
 from vllm_bootstrap.serving import Advert, LoadReport
 from vllm_bootstrap.settings import Settings
@@ -223,6 +225,11 @@ class ItemDesk(Protocol):
         """Idempotent; an item that has ended stays as it is."""
 
 
+class IdleDesk(Protocol):
+    def report(self) -> IdleReport:
+        """How long the box and its devices have been idle, from memory."""
+
+
 class GpuBook(Protocol):
     """GPUs that may not be given out although nobody owns them: UUID to reason."""
 
@@ -246,6 +253,7 @@ class Services:
     files: FileShelf
     batches: BatchDesk
     items: ItemDesk
+    models: ModelDesk
     inventory: Devices
     gpus: GpuBook
     ledger: Ledger
@@ -253,6 +261,8 @@ class Services:
     version: str
     started_at: float
     clock: Callable[[], float]
+    idle: IdleDesk | None = None
+    not_ready: Callable[[], ApiError | None] = lambda: None
     phase: Literal["starting", "ok", "draining"] = field(default="starting")
 
     def queues(self) -> views.Waiting:

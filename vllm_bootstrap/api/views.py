@@ -35,6 +35,7 @@ from vllm_bootstrap.wire_requests import ActivityEntry, RequestEntry, UsageEntry
 _ORDER_FIELDS = frozenset({
     "model", "gpu_ids", "gpu_count", "gpu_share", "served_model_name", "engine", "tensor_parallel_size",
     "pipeline_parallel_size", "extra_args", "env", "replicas", "labels", "restart",
+    "sleep",
 })  # fmt: skip
 
 
@@ -66,6 +67,7 @@ def order_of(body: LaunchRequest) -> LaunchOrder:
         restart_max_attempts=restart.max_attempts,
         restart_backoff_s=restart.backoff_s,
         replicas=1 if body.replicas is None else body.replicas,
+        sleep=body.sleep,
     )
 
 

@@ -26,6 +26,7 @@ EXAMPLE_DIGESTS = frozenset(hashlib.sha256(f"example-{name}-token".encode()).dig
 RESERVED_NAMES = frozenset({"local", "VLLM_ACCESS_KEY", "ORCHESTRATOR_TOKEN", "generated"})
 
 Positive = Annotated[int, Field(ge=1, strict=True)]
+Seconds = Annotated[float, Field(ge=0, le=86_400, strict=True, allow_inf_nan=False)]
 Token = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TOKEN_BYTES // 4)]
 
 
@@ -49,6 +50,7 @@ class Entry(BaseModel):
     max_parallel: Positive | None = None
     max_sequences: Positive | None = None
     max_enqueued_tokens: Positive | None = None
+    cold_start_hold_s: Seconds | None = None
     expires_at: AwareDatetime | None = None
     disabled: bool = False
 
@@ -66,6 +68,7 @@ class Entry(BaseModel):
             max_sequences=self.max_sequences,
             tokens_per_minute=self.tokens_per_minute,
             max_enqueued_tokens=self.max_enqueued_tokens,
+            cold_start_hold_s=self.cold_start_hold_s,
             expires_at=None if self.expires_at is None else self.expires_at.timestamp(),
         )
 

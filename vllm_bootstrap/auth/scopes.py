@@ -30,18 +30,19 @@ class Scope:
 SCOPES: Mapping[str, Scope] = {
     scope.name: scope
     for scope in (
-        Scope(ADMIN, "everything, among it launching, stopping and deleting launches"),
+        Scope(ADMIN, "everything, among it launching, stopping and deleting launches, and the catalogue of models"),
         Scope(REALTIME, "inference in the realtime class"),
         Scope(
             BATCH,
             "inference in the batch class; upload batch inputs; create, read, pause, resume, cancel, retry own batches "
             "and read their files",
         ),
-        Scope(UPLOAD, "own files: upload, list, read, delete"),
+        Scope(UPLOAD, "own files: upload, list, read, delete; own adapters: upload, list, delete"),
         Scope(EVAL, "evaluation tasks", built=False),
         Scope(
             MONITOR,
-            "status, launches, GPUs, queues, requests and their history, metrics, API description, dashboard data",
+            "status, launches, models, GPUs, queues, requests and their history, metrics, API description, dashboard "
+            "data",
         ),
         Scope(LOGS, "engine logs and the log lines inside a failure (they can hold prompts)"),
     )

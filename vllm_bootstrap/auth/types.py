@@ -39,7 +39,8 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """A known key, without its token. ``models`` None: all. Limits None: none."""
+    """A known key, without its token. ``models`` None: all. Limits None: none. ``cold_start_hold_s``: for how many
+    seconds its requests wait for a model that must be loaded first, None: as the daemon is set."""
 
     name: str
     scopes: frozenset[str]
@@ -51,6 +52,7 @@ class Principal:
     expires_at: float | None = None
     tokens_per_minute: int | None = None
     max_enqueued_tokens: int | None = None
+    cold_start_hold_s: float | None = None
     labels: dict[str, str] = field(default_factory=dict)
 
     def may_use(self, *models: str) -> bool:

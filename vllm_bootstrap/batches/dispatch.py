@@ -40,6 +40,8 @@ class Dispatcher:
         adverts: Iterable[Advert] = (),
     ) -> None:
         self._gateway, self._key_named = gateway, key_named
+        self.hope_for: Callable[[str], str | None] = lambda _model: None
+        """Why a model that nothing serves is not loaded yet; None where it is not loaded on demand."""
         self._attempts, self._max_joined = attempts, max_joined
         self._lanes: dict[LaneKey, Lane] = {}
         self._lane_of: dict[str, LaneKey] = {}
@@ -98,7 +100,12 @@ class Dispatcher:
 
     def waits_for(self, source_id: str) -> str | None:
         key = self._lane_of.get(source_id)
-        return None if key is None else self._lanes[key].waits_for(source_id)
+        said = None if key is None else self._lanes[key].waits_for(source_id)
+        if key is None or key[1] is not None or said is None:
+            return said
+        meant = self._meant(key)
+        hope = self.hope_for(key[0]) if said == _absence(meant, key) else None
+        return said if hope is None else f"the model {key[0]!r} is not loaded yet: {hope}"
 
     def under_way(self, source_id: str) -> int:
         key = self._lane_of.get(source_id)
@@ -108,6 +115,15 @@ class Dispatcher:
         """Models that lines are to be run on, with about how many have not ended yet. Those of one launch are left
         out: no other one helps them."""
         return {model: lane.left for (model, launch_id), lane in self._lanes.items() if launch_id is None}
+
+    def reachable(self, may_come: Callable[[str], bool]) -> bool:
+        """Whether any line or item that has not ended, paused ones included, has an engine or may get one.
+        ``may_come(model)``: that model is loaded when it is asked for."""
+        return any(lane.left and self._has_prospects(key, may_come) for key, lane in self._lanes.items())
+
+    def _has_prospects(self, key: LaneKey, may_come: Callable[[str], bool]) -> bool:
+        there = any(advert.state not in ENDED for advert in self._meant(key))
+        return there or (key[1] is None and may_come(key[0]))
 
     # What others say
 
@@ -239,6 +255,8 @@ def _absence(meant: list[Advert], key: LaneKey) -> str:
     states = sorted({advert.state for advert in meant})
     if "bootstrapping" in states:
         return f"{what} is being loaded"
+    if not {"falling_asleep", "asleep", "waking"}.isdisjoint(states):
+        return f"{what} sleeps or is waking"
     if "ready" in states:
         return f"{what} does not answer at the moment"
     if "stopping" in states:

@@ -71,6 +71,11 @@ class FileStore:
         """Why no file is written any more, None while all is well."""
         return self._folder.failed
 
+    @property
+    def arriving(self) -> int:
+        """How many files are being written at this moment."""
+        return len(self._coming)
+
     def receive(
         self,
         owner: str,

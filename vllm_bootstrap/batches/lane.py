@@ -127,8 +127,8 @@ class Lane:
 
     @property
     def left(self) -> int:
-        """About how many jobs of its sources have not ended."""
-        return sum(source.left for source in self._sources.values())
+        """About how many jobs have not ended, of sources that nothing keeps from going on."""
+        return sum(source.left for source in self._sources.values() if not self._brakes.stops(source.id))
 
     @property
     def empty(self) -> bool:

@@ -103,17 +103,22 @@ def signing_key(secret: str) -> bytes:
 
 def signed_headers(row: WebhookRow, at: float) -> dict[str, str]:
     """Headers as the Standard Webhooks specification has them. Raises ``ValueError`` for a secret that is none."""
+    return headers_of_event(row.id, row.payload, row.secret, at)
+
+
+def headers_of_event(event_id: str, payload: str, secret: str, at: float) -> dict[str, str]:
+    """The same for an event of any kind. ``payload`` is the exact body, ``secret`` empty: unsigned."""
     stamp = str(int(at))
     headers = {
         "content-type": "application/json",
         "user-agent": f"vllm-bootstrap/{__version__}",
-        "webhook-id": row.id,
+        "webhook-id": event_id,
         "webhook-timestamp": stamp,
     }
-    if not row.secret:
+    if not secret:
         return headers
-    signed = f"{row.id}.{stamp}.{row.payload}".encode()
-    digest = hmac.new(signing_key(row.secret), signed, hashlib.sha256).digest()
+    signed = f"{event_id}.{stamp}.{payload}".encode()
+    digest = hmac.new(signing_key(secret), signed, hashlib.sha256).digest()
     return {**headers, "webhook-signature": f"v1,{base64.b64encode(digest).decode()}"}
 
 

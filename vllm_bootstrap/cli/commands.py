@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from vllm_bootstrap import __version__
-from vllm_bootstrap.cli import batches, demo, keys, launching, output, talking, traffic, viewing
+from vllm_bootstrap.cli import batches, demo, keys, launching, models, output, talking, traffic, viewing
 from vllm_bootstrap.cli.options import Failure, UsageError
 from vllm_bootstrap.client import ApiError, ClientError
 from vllm_bootstrap.errors import SOURCE, Unauthorized
@@ -55,6 +55,7 @@ viewing.register(app)
 traffic.register(app)
 talking.register(app)
 app.add_typer(batches.app, name="batch")
+app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")
 app.command(name="demo")(demo.demo)
 

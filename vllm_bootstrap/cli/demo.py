@@ -136,9 +136,9 @@ def daemon(folder: Path) -> Generator[Client]:
 def environment(folder: Path, key: str) -> dict[str, str]:
     """The environment of that daemon: ours without any setting, so that nothing of the user's own is touched."""
     from vllm_bootstrap.cli.serve import known_names  # noqa: PLC0415 - only the demo needs all settings
-    from vllm_bootstrap.settings import NOT_BUILT, PREFIX  # noqa: PLC0415
+    from vllm_bootstrap.settings import PREFIX  # noqa: PLC0415
 
-    settings = known_names() | set(NOT_BUILT)
+    settings = known_names()
     inherited = {k: v for k, v in os.environ.items() if k.upper() not in settings and not k.upper().startswith(PREFIX)}
     return {
         **inherited,
@@ -149,6 +149,7 @@ def environment(folder: Path, key: str) -> dict[str, str]:
         "VLLM_BOOTSTRAP_LOCK_DIR": str(folder / "lock"),
         "VLLM_BOOTSTRAP_PROBE_INTERVAL_S": "0.2",
         "HF_HOME": str(folder / "cache"),
+        "VLLM_BOOTSTRAP_MODELS_FILE": os.devnull,  # no catalogue of the user's
     }
 
 

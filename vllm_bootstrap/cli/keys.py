@@ -42,6 +42,10 @@ MaxEnqueuedTokens = Annotated[
     int | None, typer.Option("--max-enqueued-tokens", metavar="N", help="Tokens of batch requests under way.")
 ]
 
+ColdStartHold = Annotated[
+    float | None, typer.Option("--cold-start-hold", metavar="SECONDS", help="Wait for a model that is loaded first.")
+]
+
 
 @app.command()
 def new(
@@ -57,6 +61,7 @@ def new(
     max_parallel: MaxParallel = None,
     max_sequences: MaxSequences = None,
     max_enqueued_tokens: MaxEnqueuedTokens = None,
+    cold_start_hold: ColdStartHold = None,
     expires_in: Annotated[str | None, typer.Option("--expires-in", metavar="TIME", help="As 12h, 30d or 8w.")] = None,
     file: Annotated[
         Path | None, typer.Option("--file", metavar="FILE", help="Add it to this key file.", dir_okay=False)
@@ -84,6 +89,7 @@ def new(
         max_parallel=max_parallel,
         max_sequences=max_sequences,
         max_enqueued_tokens=max_enqueued_tokens,
+        cold_start_hold_s=cold_start_hold,
         expires_at=None if expires_in is None else _expiry(expires_in),
     )
     notes = _notes_on(entry)
@@ -178,12 +184,14 @@ def list_keys(file: KeyFile = None, *, as_json: AsJson = False) -> None:
 
 
 def _row(entry: Entry) -> list[str]:
+    hold = entry.cold_start_hold_s
     limits = {
         "requests/min": entry.requests_per_minute,
         "tokens/min": entry.tokens_per_minute,
         "parallel": entry.max_parallel,
         "sequences": entry.max_sequences,
         "enqueued tokens": entry.max_enqueued_tokens,
+        "s cold start": None if hold is None else f"{hold:g}",
         "class": entry.max_class,
     }
     told = ", ".join(f"{value} {name}" for name, value in limits.items() if value is not None)

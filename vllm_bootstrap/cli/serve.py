@@ -51,12 +51,13 @@ def run(args: Sequence[str]) -> int:
     from vllm_bootstrap import app  # noqa: PLC0415
     from vllm_bootstrap.auth.keyfile import KeyFileError  # noqa: PLC0415
     from vllm_bootstrap.configure import StartError  # noqa: PLC0415
+    from vllm_bootstrap.models.parsing import CatalogueError  # noqa: PLC0415
     from vllm_bootstrap.schema import CannotOpen  # noqa: PLC0415
     from vllm_bootstrap.statedir import AlreadyRunning  # noqa: PLC0415
 
     try:
         return app.serve(settings)
-    except KeyFileError as exc:
+    except (KeyFileError, CatalogueError) as exc:
         return _refuse(str(exc), 2)
     except (StartError, AlreadyRunning, CannotOpen, OSError) as exc:
         return _refuse(str(exc), 1)
@@ -108,7 +109,7 @@ def load(
     from dotenv import dotenv_values  # noqa: PLC0415 - with pydantic-settings, which brings it along
     from pydantic import ValidationError  # noqa: PLC0415
 
-    from vllm_bootstrap.settings import Settings, unbuilt  # noqa: PLC0415
+    from vllm_bootstrap.settings import Settings  # noqa: PLC0415
 
     path = _env_file(env_file)
     try:
@@ -117,8 +118,7 @@ def load(
         raise UnusableSettings(f"{path}: {exc}") from None
     known = known_names()
     given = {**in_file, **environ}
-    problems = unbuilt(dict(given)) + unknown(given, known)
-    if problems:
+    if problems := unknown(given, known):
         raise UnusableSettings("\n".join(problems))
     try:
         settings = Settings(_env_file=path, **options)
@@ -145,10 +145,9 @@ def known_names() -> frozenset[str]:
 
 def unknown(given: Iterable[str], known: frozenset[str]) -> list[str]:
     """One sentence for each name with our prefix that means nothing: a misspelt setting is refused, not ignored."""
-    from vllm_bootstrap.settings import NOT_BUILT, PREFIX  # noqa: PLC0415
+    from vllm_bootstrap.settings import PREFIX  # noqa: PLC0415
 
-    later = {f"{PREFIX}{name}" for name in NOT_BUILT}
-    wrong = sorted(name for name in given if name.upper().startswith(PREFIX) and name.upper() not in known | later)
+    wrong = sorted(name for name in given if name.upper().startswith(PREFIX) and name.upper() not in known)
     return [f"{name} is no setting of this daemon{_suggestion(name.upper(), known)}" for name in wrong]
 
 

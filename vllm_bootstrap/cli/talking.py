@@ -109,21 +109,25 @@ def opening(system: str | None) -> list[Message]:
 
 
 def pick_model(client: Client, wanted: str | None) -> str:
-    """The model to ask: the one that is named, or the only one that is ready. Raises ``Failure``."""
+    """The model to ask: the one that is named, or the only one that is ready, or where none is, the only one that would
+    be loaded for it. Raises ``Failure``."""
     if wanted is not None:
         return wanted
-    found = client.models().data
+    found = [info for info in client.models().data if info.alias_of is None and info.parent is None]
     ready = [info.id for info in found if info.status == "loaded"]
+    at_rest = [info.id for info in found if info.status in {"unloaded", "asleep", "failed"}]
+    others = [info.id for info in found if info.id not in at_rest]
     if len(ready) == 1:
         return ready[0]
     if ready:
         raise Failure(f"Several models are ready: say which with --model ({', '.join(ready)}).")
-    loading = ", ".join(info.id for info in found)
-    raise Failure(
-        f"No model is ready yet (loading: {loading})."
-        if loading
-        else ("No model is ready. Launch one: vllm-bootstrap launch MODEL --wait")
-    )
+    if others:
+        raise Failure(f"No model is ready yet (loading: {', '.join(others)}).")
+    if len(at_rest) == 1:
+        return at_rest[0]
+    if at_rest:
+        raise Failure(f"No model is loaded: say which one to load with --model ({', '.join(at_rest)}).")
+    raise Failure("No model is ready. Launch one: vllm-bootstrap launch MODEL --wait")
 
 
 def answer(client: Client, model: str, messages: list[Message], options: dict[str, Any]) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """What the gateway must know of a JSON body, what a client may not put there, and how to change it. PURE.
 
-Invariant: a body is parsed once, and an edit replaces the bytes of one top-level member and nothing else; everything
-a client wrote beside it arrives as it was written. Two readers never see different values: duplicate top-level names
-are refused. Knows no sockets, keys or engines beyond the plain facts passed in.
+Invariant: a body is parsed once, and an edit replaces the bytes of the top-level members it names and nothing else;
+everything a client wrote beside them arrives as it was written. Two readers never see different values: duplicate
+top-level names are refused. Knows no sockets, keys or engines beyond the plain facts passed in.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from json.decoder import scanstring  # type: ignore[attr-defined]  # the stubs l
 from typing import Any
 
 from vllm_bootstrap.errors import BadRequest, InvalidJson
+from vllm_bootstrap.models.types import Rewrite
 from vllm_bootstrap.refused import REFUSED, refuse_fields, refuse_too_fine
 
 __all__ = [
     "MAX_FIELDS", "OVERWRITTEN", "REFUSED", "USAGE_ON_REQUEST", "JsonBody", "Span", "Written", "asking_for_usage",
-    "check_sequences", "parse", "refuse_fields", "refuse_remote_media", "sequences", "with_members",
+    "check_sequences", "parse", "refuse_fields", "refuse_remote_media", "rewritten", "sequences", "with_members",
 ]  # fmt: skip
 
 OVERWRITTEN = "priority"
@@ -191,17 +192,16 @@ class Written(str):
 
 
 def with_members(body: JsonBody, values: Mapping[str, object]) -> bytes:
-    """The body's bytes with top-level members set to ``values`` (None: taken out, which may be said of one)."""
+    """The body's bytes with top-level members set to ``values`` (None: taken out)."""
     edits: list[tuple[int, int, str]] = []
     added: list[str] = []
-    kept = len(body.fields)
+    gone = {name for name, value in values.items() if value is None and name in body.fields}
+    if gone:
+        edits = [(start, end, "") for start, end in _extents(list(body.spans.items()), gone)]
     for name, value in values.items():
-        span = body.spans[name] if name in body.fields else None
         if value is None:
-            if span is not None:
-                edits.append((*_extent(body, name, span), ""))
-                kept -= 1
             continue
+        span = body.spans[name] if name in body.fields else None
         encoded = value if isinstance(value, Written) else json.dumps(value)
         if span is not None:
             edits.append((span[1], span[2], encoded))
@@ -209,7 +209,7 @@ def with_members(body: JsonBody, values: Mapping[str, object]) -> bytes:
             added.append(f"{json.dumps(name)}: {encoded}")
     if added:
         at = body.text.index("{") + 1
-        edits.append((at, at, ", ".join(added) + ("," if kept else "")))
+        edits.append((at, at, ", ".join(added) + ("," if len(body.fields) > len(gone) else "")))
     if not edits:
         return body.raw
     return _edited(body.text, sorted(edits)).encode()
@@ -225,16 +225,26 @@ def _edited(text: str, edits: list[tuple[int, int, str]]) -> str:
     return "".join(out)
 
 
-def _extent(body: JsonBody, name: str, span: Span) -> tuple[int, int]:
-    """From where to where a member must go so that the rest is still an object."""
-    names = list(body.spans)
-    index = names.index(name)
-    start, _, end = span
-    if index + 1 < len(names):  # up to the next member, so that its comma goes too
-        end, _, _ = body.spans[names[index + 1]]
-    elif index:  # the last one: from the end of the one before
-        _, _, start = body.spans[names[index - 1]]
-    return start, end
+def _extents(members: list[tuple[str, Span]], gone: set[str]) -> Iterator[tuple[int, int]]:
+    """From where to where members must go so that the rest is still an object."""
+    last = len(members)
+    while last and members[last - 1][0] in gone:
+        last -= 1
+    if last < len(members):  # those at the end: from the end of the one before them, so that its comma goes too
+        yield members[last - 1][1][2] if last else members[0][1][0], members[-1][1][2]
+    for index in range(last):  # the others: up to the next one
+        if members[index][0] in gone:
+            yield members[index][1][0], members[index + 1][1][0]
+
+
+def rewritten(body: JsonBody, by: Rewrite) -> JsonBody:
+    """The body as ``by`` wants it; the same one where there is nothing to change. Raises as ``parse`` does."""
+    fields, strip = body.fields, by.strip
+    values: dict[str, object] = {name: None for name in strip if name in fields}
+    for name, value in by.defaults.items():
+        if name not in fields or name in strip:
+            values[name] = Written(json.dumps(value))
+    return parse(with_members(body, values)) if values else body
 
 
 def asking_for_usage(body: JsonBody) -> Written | None:

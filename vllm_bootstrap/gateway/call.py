@@ -36,7 +36,7 @@ from vllm_bootstrap.errors import (
     UpstreamTimeout,
 )
 from vllm_bootstrap.gateway import sticky, targets
-from vllm_bootstrap.gateway.entry import Entry, target_of, ticket_of
+from vllm_bootstrap.gateway.entry import Entry, rewrite_unnamed, target_of, ticket_of
 from vllm_bootstrap.gateway.gateway import Gateway
 from vllm_bootstrap.gateway.head import Head
 from vllm_bootstrap.gateway.inflight import RequestInfo
@@ -151,7 +151,7 @@ class Call(Passage):
         try:
             target, ticket = self._admit()
             self._wait()
-            self._place.ask(target, ticket, math.inf)
+            self._place.ask(target, ticket, math.inf, math.inf)
         except ApiError as error:
             self.fail(error)
 
@@ -169,13 +169,15 @@ class Call(Passage):
         self._intake = intake = JsonIntake(gateway.limits.max_body_bytes)
         intake.feed(body)
         intake.finish()
-        journey.model = intake.model
+        journey.model = model = intake.model
+        rewrite = rewrite_unnamed(gateway, entry) if model is None else gateway.rewrite_of(model)
+        size = len(body) + (0 if rewrite is None else intake.rewrite(rewrite))
         _check_whole(intake)
         self._keeps_response = entry.keeps_responses and sticky.is_kept(path, intake.fields)
-        if isinstance(self._target, ByModel) and intake.model not in (None, self._target.name):
+        if isinstance(self._target, ByModel) and model not in (None, self._target.name):
             raise BadRequest(f"The body names another model than {self._target.name!r}", param="model")
-        target = target_of(gateway, entry, intake.model, self._head, intake)
-        journey.ticket = ticket = ticket_of(entry, intake, len(body))._replace(priority=self._priority)
+        target = target_of(gateway, entry, model, self._head, intake)
+        journey.ticket = ticket = ticket_of(entry, intake, size)._replace(priority=self._priority)
         return target, ticket
 
     def _hold(self, size: int) -> None:

@@ -19,6 +19,7 @@ from vllm_bootstrap.gateway.head import Head, parse_head
 from vllm_bootstrap.gateway.intake import Intake
 from vllm_bootstrap.gateway.targets import ToLaunch, ToModel
 from vllm_bootstrap.gateway.uploads import Upload
+from vllm_bootstrap.models.types import Rewrite
 from vllm_bootstrap.scheduler.gate import ByLaunch, ByModel, Target, Ticket
 from vllm_bootstrap.serving import EngineRoute, Instance, RequestClass
 
@@ -31,7 +32,7 @@ REPLAYED_BYTES = 256 * 1024
 class Entry:
     """An admitted request. ``path`` is what the engine will be asked for. ``launch`` None: the body's model decides.
     ``cls``: its class, unless its body asks for less. ``keeps_responses``: engines may keep what such requests are
-    answered, and later ones may name it."""
+    answered, and later ones may name it. ``hold_s`` and ``shows_progress``: see ``targets.cold_start``."""
 
     principal: Principal
     route: EngineRoute
@@ -39,6 +40,8 @@ class Entry:
     launch: ByLaunch | None
     cls: RequestClass = "realtime"
     keeps_responses: bool = False
+    hold_s: float | None = None
+    shows_progress: bool = False
 
 
 class Outgoing(NamedTuple):
@@ -67,6 +70,8 @@ def admit(gateway: Gateway, head: Head, target: ToModel | ToLaunch) -> Entry:
     entry.keeps_responses = entry.path.endswith(sticky.MAKES)
     if entry.route.inference:
         entry.cls = targets.request_class(entry.principal, head.first(b"x-priority"))
+        if entry.launch is None:
+            entry.hold_s, entry.shows_progress = targets.cold_start(entry.principal, head.first(b"x-cold-start"))
     # An entry by launch depends on more than head and key; the head of a form names a boundary that never comes again.
     if entry.launch is None and entry.route.inference and not entry.route.multipart:
         permit = gateway.guard.remember(_head_for_guard(head), entry.principal)
@@ -147,6 +152,16 @@ def _check_shape(head: Head, route: EngineRoute) -> None:
     version = head.first(b"x-api-version")
     if version is not None and version != API_VERSION:
         raise BadRequest("The only API version is 'v1'", param="x-api-version")
+
+
+def rewrite_unnamed(gateway: Gateway, entry: Entry) -> Rewrite | None:
+    """How a body that names no model is to be changed: as for the first name of the launch it goes to."""
+    if entry.launch is None:
+        return None
+    for advert in gateway.gate.adverts():
+        if entry.launch.id in (advert.launch_id, advert.group_id) and advert.served_names:
+            return gateway.rewrite_of(advert.served_names[0])
+    return None
 
 
 def target_of(gateway: Gateway, entry: Entry, model: str | None, head: Head, intake: Intake) -> Target:

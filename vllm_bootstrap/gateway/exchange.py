@@ -11,20 +11,24 @@ Must not know: parsing of heads, framing towards the client, how slots are given
 
 from __future__ import annotations
 
+import functools
+import math
 import time
 
 from vllm_bootstrap.errors import ApiError, Cancelled, UpstreamError, UpstreamTimeout
 from vllm_bootstrap.gateway import headers, sticky, targets, websocket
-from vllm_bootstrap.gateway.entry import admit, known_key, target_of, ticket_of
+from vllm_bootstrap.gateway.entry import Entry, admit, known_key, rewrite_unnamed, target_of, ticket_of
 from vllm_bootstrap.gateway.gateway import Gateway
 from vllm_bootstrap.gateway.head import Head, Headers
 from vllm_bootstrap.gateway.intake import make_intake
+from vllm_bootstrap.gateway.loading import MOST_WORDS, STREAMS, Loading, Refusal
 from vllm_bootstrap.gateway.passage import CLIENT_GONE, Passage
 from vllm_bootstrap.gateway.reading import Reading
 from vllm_bootstrap.gateway.relay import Client, Relay
 from vllm_bootstrap.gateway.stages import OVER, QUEUED, RELAYING, TUNNEL, WAITING
 from vllm_bootstrap.gateway.upstream import UpstreamConnection
 from vllm_bootstrap.scheduler import refusals
+from vllm_bootstrap.scheduler.tickets import ByModel, Target, Ticket
 
 
 class Exchange(Passage):
@@ -36,6 +40,8 @@ class Exchange(Passage):
     _tunnel: websocket.Tunnel | None = None
     _keeps_response = False
     _holds_body = True
+    _loading: Loading | None = None
+    _words = b""
 
     def __init__(
         self, gateway: Gateway, client: Client, head: Head, target: targets.ToModel | targets.ToLaunch
@@ -100,19 +106,41 @@ class Exchange(Passage):
         entry, reading, journey = self._entry, self._reading, self._journey
         assert entry is not None  # noqa: S101 - set before the body is read
         assert reading is not None  # noqa: S101
-        intake = reading.intake
+        gateway, intake = self._gateway, reading.intake
         intake.finish()
-        journey.bytes_in = reading.bytes_in
-        journey.model = model = targets.model_in_query(self._head) if entry.route.websocket else intake.model
-        target = target_of(self._gateway, entry, model, self._head, intake)
+        journey.bytes_in = size = reading.bytes_in
+        model = targets.model_in_query(self._head) if entry.route.websocket else intake.model
+        if model is None and entry.launch is None:
+            model = gateway.default_model()
+        journey.model = model
         if not entry.route.inference:
-            self._go(self._gateway.gate.instance(target, entry.principal))
+            target = target_of(gateway, entry, model, self._head, intake)
+            self._go(gateway.gate.instance(target, entry.principal))
             return
+        rewrite = rewrite_unnamed(gateway, entry) if model is None else gateway.rewrite_of(model)
+        if rewrite is not None:
+            size += intake.rewrite(rewrite)
+        target = target_of(gateway, entry, model, self._head, intake)
         journey.stream = intake.fields.get("stream") is True
-        journey.ticket = ticket = ticket_of(entry, intake, reading.bytes_in)
+        journey.ticket = ticket = ticket_of(entry, intake, size)
         self._keeps_response = entry.keeps_responses and sticky.is_kept(entry.path, intake.fields)
         self._wait()
-        self._place.ask(target, ticket)
+        if journey.stream and (entry.shows_progress or (model is not None and gateway.wants_progress(model))):
+            self._ask_aloud(target, ticket, entry)
+        else:
+            self._place.ask(target, ticket, None, entry.hold_s)
+
+    def _ask_aloud(self, target: Target, ticket: Ticket, entry: Entry) -> None:
+        """Ask for a place, and let the client hear how the load goes that it may have to wait for."""
+        gateway, journey = self._gateway, self._journey
+        if not isinstance(target, ByModel) or entry.path not in STREAMS:
+            self._place.ask(target, ticket, None, entry.hold_s)
+            return
+        # Once it has been told something it cannot be sent away to come again: it had better wait for the end.
+        self._place.ask(target, ticket, None, math.inf if entry.hold_s is None else entry.hold_s)
+        if self._stage is QUEUED:
+            line = functools.partial(gateway.progress_of, target.name)
+            self._loading = Loading(self._relay, self.request_id, line, self._rate_lines, journey.queued_at)
 
     # Receiving
 
@@ -122,6 +150,9 @@ class Exchange(Passage):
         if self._stage is WAITING:
             if connection.status == 101:
                 self._open_tunnel(connection)
+                return
+            if self._relay.announced and not self._relay.continues(connection):
+                self._take_refusal(connection)
                 return
             if not (connection.parts or connection.complete) and self._may_be_revoked(connection):
                 return
@@ -133,6 +164,14 @@ class Exchange(Passage):
             self._complete(connection)
         elif self._began:  # what follows need not come by here
             connection.flow = self._relay.flow()
+
+    def _take_refusal(self, connection: UpstreamConnection) -> None:
+        """The client was promised events, and the engine has something else to say: that ends them."""
+        self._place.stay()
+        self._words += connection.take()
+        if connection.complete or len(self._words) > MOST_WORDS:
+            self._place.leave(None, worked=connection.status < 400)
+            self.fail(Refusal(connection.status, self._words))
 
     def _may_be_revoked(self, connection: UpstreamConnection) -> bool:
         """Engines send a stream's head at once and its first token when they get to it. Until then the place can be
@@ -169,6 +208,10 @@ class Exchange(Passage):
         own = headers.own_headers(self.request_id, launch_id, journey.queue_ms)
         rate = self._gateway.gate.rate(entry.principal) if entry is not None else None
         return own if rate is None else own + rate.lines()
+
+    def _rate_lines(self) -> bytes:
+        rate = self._gateway.gate.rate(self._entry.principal) if self._entry is not None else None
+        return b"" if rate is None else rate.lines()
 
     def _rate_headers(self) -> Headers:
         principal = self._entry.principal if self._entry is not None else known_key(self._gateway, self._head)
@@ -230,8 +273,11 @@ class Exchange(Passage):
                 self._deadline = now + self._gateway.limits.upstream_idle_timeout_s
             elif now >= self._deadline:
                 self.fail(UpstreamTimeout("The engine sent nothing for too long"))
-        elif self._stage is QUEUED and self._entry is not None and self._entry.principal.expires_at is not None:
-            self.rights_changed()
+        elif self._stage is QUEUED and self._entry is not None:
+            if self._entry.principal.expires_at is not None:
+                self.rights_changed()
+            if self._loading is not None and self._stage is QUEUED and not self._client.write_paused:
+                self._loading.look(now)
 
     def cancel(self) -> None:
         """Ended from outside."""

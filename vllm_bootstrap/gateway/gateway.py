@@ -28,10 +28,13 @@ from vllm_bootstrap.gateway.outbox import Outbox
 from vllm_bootstrap.gateway.pool import Pool
 from vllm_bootstrap.gateway.revive import Reviver
 from vllm_bootstrap.gateway.sticky import Responses
+from vllm_bootstrap.models.types import Rewrite
 from vllm_bootstrap.scheduler.gate import Gate
 from vllm_bootstrap.serving import Instance
 
 _log = logging.getLogger(__name__)
+_NOT_REWRITTEN: dict[str, Rewrite] = {}
+_NOT_SHOWN: frozenset[str] = frozenset()
 
 
 class Watched(Protocol):
@@ -56,6 +59,12 @@ class Gateway:
 
     ``spool_dir``: where large uploads wait. ``on_record`` is called once for each finished data-plane request and must
     not block or raise. ``tls`` overrides how certificates of external engines are checked.
+
+    What it asks about models, all of it cheap, without blocking or raising: ``default_model()`` is where requests by
+    ``/v1`` go that name none (None: they are refused); ``rewrite_of(name)`` how JSON bodies are changed that name this
+    one (asked for each request: a dict's ``get`` costs least); ``progress_of(name)`` how far its load is, in a line for
+    humans, None where nothing is being loaded or something serves it already; ``wants_progress(name)`` whether clients
+    are told so that have not asked for it.
     """
 
     def __init__(
@@ -67,7 +76,13 @@ class Gateway:
         spool_dir: Path | None = None,
         on_record: Callable[[RequestRecord], None] | None = None,
         tls: ssl.SSLContext | None = None,
+        default_model: Callable[[], str | None] = lambda: None,
+        rewrite_of: Callable[[str], Rewrite | None] = _NOT_REWRITTEN.get,
+        progress_of: Callable[[str], str | None] = lambda _name: None,
+        wants_progress: Callable[[str], bool] = _NOT_SHOWN.__contains__,
     ) -> None:
+        self.default_model, self.rewrite_of = default_model, rewrite_of
+        self.progress_of, self.wants_progress = progress_of, wants_progress
         self.guard = guard
         self.gate = gate
         self.limits = limits or GatewayLimits()

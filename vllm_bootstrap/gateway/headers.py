@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable
 from http import HTTPStatus
 
-from vllm_bootstrap.errors import SOURCE, ApiError
+from vllm_bootstrap.errors import ApiError
 from vllm_bootstrap.gateway.head import Head, Headers
 from vllm_bootstrap.serving import Endpoint, Instance, RequestClass
 
@@ -34,6 +34,7 @@ _NOT_TO_ENGINE = HOP_BY_HOP | {
     b"x-rewrite-url", b"x-http-method-override", b"x-http-method", b"x-method-override",
     # priority and routing
     b"x-vllm-priority", b"x-priority", b"x-data-parallel-rank", b"x-session-id", b"x-launch-id", b"x-queue-ms",
+    b"x-cold-start",
 }  # fmt: skip
 _NOT_TO_ENGINE_PREFIXES = (b"x-forwarded-", b"proxy-", b"sec-fetch-")
 
@@ -160,6 +161,13 @@ def _may_pass(name: bytes) -> bool:
     return plain not in _NOT_TO_ENGINE and not plain.startswith(_NOT_TO_ENGINE_PREFIXES)
 
 
+def stream_head(request_id: str, own: bytes, *, close: bool) -> bytes:
+    """The head of an event stream that begins before any engine has answered. ``own``: finished header lines."""
+    return b"%bcontent-type: text/event-stream; charset=utf-8\r\nx-request-id: %b\r\nx-accel-buffering: no\r\n%b%b" % (
+        STATUS_LINES[200], request_id.encode("ascii"), own, b"connection: close\r\n\r\n" if close else b"\r\n",
+    )  # fmt: skip
+
+
 def own_headers(request_id: str, launch_id: str, queue_ms: int) -> bytes:
     """What every relayed answer says about its way here, as lines."""
     return b"x-request-id: %b\r\nx-launch-id: %b\r\nx-queue-ms: %d\r\n" % (
@@ -261,8 +269,7 @@ def error_event(error: ApiError, *, at_boundary: bool, anthropic: bool) -> bytes
     """A server-sent event that ends a broken stream. ``at_boundary``: the last event was complete."""
     content = error.body()
     if anthropic:
-        inner = {"type": error.type, "message": error.message}
-        content = {"type": "error", "error": {**content["error"], **inner}, "src": SOURCE}
+        content = {"type": "error", **content}
     lead = b"" if at_boundary else b"\n\n"
     name = b"event: error\n" if anthropic else b""
     return b"%b%bdata: %b\n\n" % (lead, name, json.dumps(content, ensure_ascii=False).encode())

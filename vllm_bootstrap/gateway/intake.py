@@ -15,6 +15,7 @@ from vllm_bootstrap.gateway import bodies, headers
 from vllm_bootstrap.gateway.head import Head
 from vllm_bootstrap.gateway.limits import GatewayLimits
 from vllm_bootstrap.gateway.uploads import Upload
+from vllm_bootstrap.models.types import Rewrite
 from vllm_bootstrap.serving import EngineRoute, Instance, RequestClass
 
 
@@ -44,6 +45,10 @@ class Intake(Protocol):
     @property
     def model(self) -> str | None:
         """The model it names."""
+
+    def rewrite(self, by: Rewrite) -> int:
+        """Change a JSON body so; what is asked afterwards is said of the changed one. Returns by how many bytes it has
+        grown. Raises ``ApiError``."""
 
     def sequences(self, path: str, most: int | None) -> int:
         """How many sequences an engine will run for it. Raises ``BadRequest`` above ``most``."""
@@ -86,6 +91,9 @@ class NoBody:
     def finish(self) -> None:
         """Nothing to judge."""
 
+    def rewrite(self, by: Rewrite) -> int:  # noqa: ARG002 - the interface's
+        return 0
+
     def sequences(self, path: str, most: int | None) -> int:  # noqa: ARG002 - the interface's
         return 1
 
@@ -123,6 +131,14 @@ class JsonIntake:
         self.fields, self.text = body.fields, body.text
         bodies.refuse_fields(body.fields)
         self.model = body.model
+
+    def rewrite(self, by: Rewrite) -> int:
+        body = self._body
+        if body is None:
+            return 0
+        self._body = changed = bodies.rewritten(body, by)
+        self.fields, self.text = changed.fields, changed.text
+        return len(changed.raw) - len(body.raw)
 
     def sequences(self, path: str, most: int | None) -> int:
         return bodies.check_sequences(path, self.fields, most)
@@ -174,6 +190,9 @@ class FormIntake:
     @property
     def model(self) -> str | None:
         return self._upload.fields.get("model")
+
+    def rewrite(self, by: Rewrite) -> int:  # noqa: ARG002 - the interface's; forms pass as they are
+        return 0
 
     def sequences(self, path: str, most: int | None) -> int:  # noqa: ARG002 - the interface's
         return 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from vllm_bootstrap.gateway.head import HeadLimits
 from vllm_bootstrap.serving import RequestClass
@@ -23,9 +23,9 @@ LINGER_S = 2.0
 @dataclass(frozen=True, slots=True)
 class GatewayLimits:
     """Sizes in bytes, times in seconds. ``max_control_body_bytes`` bounds bodies of the control plane,
-    ``max_file_body_bytes`` those that bring a file to it and are never held whole, ``body_budget_bytes`` all JSON
-    bodies of the data plane held at once. ``revoked_keys_cut_streams``: what already runs ends too when its key is
-    revoked or loses rights, not only what waits."""
+    ``max_file_body_bytes`` and ``max_adapter_body_bytes`` those that bring a file or an adapter to it and are never
+    held whole, ``body_budget_bytes`` all JSON bodies of the data plane held at once. ``revoked_keys_cut_streams``: what
+    already runs ends too when its key is revoked or loses rights, not only what waits."""
 
     max_header_bytes: int = 64 * KIB
     max_header_count: int = 100
@@ -36,6 +36,7 @@ class GatewayLimits:
     max_body_bytes: int = 64 * MIB
     max_control_body_bytes: int = 1 * MIB
     max_file_body_bytes: int = 2048 * MIB + FILE_FORM_BYTES
+    max_adapter_body_bytes: int = 4096 * MIB + FILE_FORM_BYTES
     max_upload_bytes: int = 512 * MIB
     body_budget_bytes: int = 1024 * MIB
     write_stall_timeout_s: float = 300
@@ -49,6 +50,12 @@ class GatewayLimits:
     def from_settings(cls, settings: object) -> GatewayLimits:
         """The limits out of anything that has attributes of the same names; what it lacks keeps its default."""
         return cls(**{item.name: getattr(settings, item.name) for item in fields(cls) if hasattr(settings, item.name)})
+
+    def of_body(self, brought: Literal["file", "adapter"] | None) -> int:
+        """How long a body of the control plane may be that brings this."""
+        if brought is None:
+            return self.max_control_body_bytes
+        return self.max_file_body_bytes if brought == "file" else self.max_adapter_body_bytes
 
     @property
     def head(self) -> HeadLimits:

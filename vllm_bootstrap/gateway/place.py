@@ -43,10 +43,10 @@ class Place:
         self._tries = 1
         self.queue_ms = 0
 
-    def ask(self, target: Target, ticket: Ticket, deadline: float | None = None) -> None:
-        """Ask for a place. ``on_place`` comes at once when there is one. ``deadline``: see ``Gate.request``. Raises the
-        refusal."""
-        got = self._gate.request(target, ticket, deadline)
+    def ask(self, target: Target, ticket: Ticket, deadline: float | None = None, hold_s: float | None = None) -> None:
+        """Ask for a place. ``on_place`` comes at once when there is one. ``deadline`` and ``hold_s``: see
+        ``Gate.request``. Raises the refusal."""
+        got = self._gate.request(target, ticket, deadline, hold_s)
         if isinstance(got, Lease):
             self._hold(got)
         else:

@@ -106,9 +106,8 @@ class GatewayProtocol(StrictProtocol):
     # The app's requests: uvicorn's own callbacks
 
     def app_begins(self, head: Head) -> None:
-        limits = self.gateway.limits
-        brings_file = targets.brings_file(head.method, head.path)
-        most = self._most_bytes = limits.max_file_body_bytes if brings_file else limits.max_control_body_bytes
+        brought = targets.file_brought(head.method, head.path)
+        most = self._most_bytes = self.gateway.limits.of_body(brought)
         if head.content_length is not None and head.content_length > most:
             self.answer_error(PayloadTooLarge(f"The body is larger than {most} bytes"), None, [])
             return

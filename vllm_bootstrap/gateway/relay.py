@@ -66,12 +66,13 @@ class ByteSink(Protocol):
 
 class Relay:
     """Writes one answer. ``begin`` once, then ``deliver`` until the answer is complete, or ``fail``. What
-    comes in between may go to ``flow()`` piece by piece."""
+    comes in between may go to ``flow()`` piece by piece. Before all that an event stream may be ``announce``d and get
+    ``comment``s; what then ``begin``s must be one (``continues``)."""
 
     _connection: UpstreamConnection
     _mode = ""
     _last = b""
-    begun = is_events = False
+    begun = is_events = announced = False
     status = bytes_out = _bytes_seen = 0
     tap: Tap | None = None
 
@@ -79,12 +80,38 @@ class Relay:
         self._client = client
         self._head = head
 
+    def announce(self, request_id: str, own: bytes) -> None:
+        """Begin an event stream before any engine has answered. ``own``: header lines of ours."""
+        self.begun = self.is_events = self.announced = True
+        self.status = 200
+        if self._head.minor_version:
+            self._mode = "chunked"
+            own += _CHUNKED
+        else:
+            self._mode = "close"
+        close = self._client.closes_after_answer() or self._mode == "close"
+        self._client.transport.write(headers.stream_head(request_id, own, close=close))
+
+    def comment(self, text: str) -> None:
+        """Say something in an announced stream that readers of events skip. No line ends in ``text``."""
+        piece = b": %b\n\n" % text.encode("utf-8", "replace")
+        self.bytes_out += len(piece)
+        self._client.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if self._mode == "chunked" else piece)
+
+    def continues(self, connection: UpstreamConnection) -> bool:
+        """Whether an engine's answer can go on where a stream was announced."""
+        return connection.status == 200 and connection.answer.is_events
+
     def begin(
         self, connection: UpstreamConnection, own: bytes, *, drops_usage: bool = False, on_id: OnId | None = None
     ) -> bytes:
-        """The head of the answer, to be written together with its first bytes. ``own``: header lines of ours. The rest
-        is for ``make_tap``."""
+        """The head of the answer, to be written together with its first bytes (none, where it was announced). ``own``:
+        header lines of ours. The rest is for ``make_tap``."""
         head, answer, length = self._head, connection.answer, connection.content_length
+        if self.announced:
+            self._connection = connection
+            self.tap = make_tap(head.path, answer.kind, drops_usage=drops_usage, on_id=on_id)
+            return b""
         self.begun = True
         self.status = status = connection.status
         self._connection = connection

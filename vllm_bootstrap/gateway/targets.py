@@ -7,8 +7,9 @@ have exactly one spelling, so what is matched here is byte for byte what the eng
 
 from __future__ import annotations
 
+import math
 import re
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from urllib.parse import parse_qs
 
 from vllm_bootstrap.auth.scopes import INFERENCE, REALTIME, allows
@@ -51,6 +52,7 @@ STATEFUL = (
 # Below /v1, but answered by the control plane.
 _CONTROL_V1 = re.compile(r"/v1/models(?:/.*)?")
 _DURABLE_V1 = re.compile(r"/v1/(?:files|batches|batch)(?:/.*)?")
+_ADAPTERS = re.compile(r"/models/.+/adapters", re.DOTALL)
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9._~!$&'()*+,;=:@-]+)+/?")
 _REALTIME = frozenset({REALTIME})
@@ -85,9 +87,13 @@ def find(method: str, path: str) -> ToModel | ToLaunch | None:
     return None
 
 
-def brings_file(method: str, path: str) -> bool:
-    """Whether a request of the control plane carries a file, which may be longer than other bodies."""
-    return method == "POST" and path == "/v1/files"
+def file_brought(method: str, path: str) -> Literal["file", "adapter"] | None:
+    """What a request of the control plane carries that may be longer than other bodies."""
+    if method != "POST":
+        return None
+    if path == "/v1/files":
+        return "file"
+    return "adapter" if _ADAPTERS.fullmatch(path) else None
 
 
 def _require_plain(path: str) -> None:
@@ -117,6 +123,22 @@ def request_class(principal: Principal, x_priority: bytes | None) -> RequestClas
         raise BadRequest("X-Priority is 'realtime' or 'batch'", param="x-priority")
     batch_only = principal.max_class == "batch" or not allows(principal.scopes, _REALTIME)
     return "batch" if batch_only or x_priority == b"batch" else "realtime"
+
+
+def cold_start(principal: Principal, word: bytes | None) -> tuple[float | None, bool]:
+    """For how many seconds a request may wait while nothing serves its model (None: as the daemon is set), and whether
+    its client wants to be told how the load goes. ``word``: its ``X-Cold-Start``. Who is told waits as long as it
+    takes: where an answer has begun, nobody can be sent away to come again. Raises ``BadRequest``."""
+    own = principal.cold_start_hold_s
+    if word is None:
+        return own, False
+    if word == b"error":
+        return 0.0, False
+    if word == b"wait":
+        return own or None, False
+    if word == b"progress":
+        return own or math.inf, True
+    raise BadRequest("X-Cold-Start is 'wait', 'error' or 'progress'", param="x-cold-start")
 
 
 def model_in_query(head: Head) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from vllm_bootstrap.sdk import calls, discovery, transport
 from vllm_bootstrap.sdk.async_batches import AsyncBatches, AsyncFiles, AsyncItems
+from vllm_bootstrap.sdk.async_models import AsyncModels
 from vllm_bootstrap.sdk.async_wire import AsyncWire
 from vllm_bootstrap.sdk.calls import ActivityFilter, LaunchFields, Replicas, RequestFilter
 from vllm_bootstrap.sdk.failures import DaemonUnreachable
@@ -32,7 +33,6 @@ from vllm_bootstrap.wire import (
     LaunchStatus,
     Listing,
     LogPage,
-    ModelListing,
     Stats,
     StopResult,
     Version,
@@ -61,6 +61,7 @@ class AsyncClient:
         self._verify: Verify = verify
         self._wire = AsyncWire(self.target, timeout_s, verify)
         self.files, self.batches, self.items = AsyncFiles(self._wire), AsyncBatches(self._wire), AsyncItems(self._wire)
+        self.models = AsyncModels(self._wire)
 
     async def aclose(self) -> None:
         """Close all connections. Idempotent."""
@@ -256,10 +257,6 @@ class AsyncClient:
     async def stats(self) -> Stats:
         """Figures of host, GPUs and queues."""
         return await self._wire.do(calls.stats())
-
-    async def models(self) -> ModelListing:
-        """What can be asked for by name now, as far as the key may see it."""
-        return await self._wire.do(calls.models())
 
     async def version(self) -> Version:
         return await self._wire.do(calls.version())

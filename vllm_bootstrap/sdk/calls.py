@@ -71,6 +71,7 @@ class LaunchFields(TypedDict, total=False):
     enforce_eager: bool | None
     enable_prefix_caching: bool | None
     trust_remote_code: bool | None
+    sleep: Literal[0, 1, 2] | None
     extra_args: dict[str, Any]
     env: dict[str, str]
     labels: dict[str, str]

@@ -20,6 +20,7 @@ from vllm_bootstrap.sdk.failures import DaemonUnreachable
 from vllm_bootstrap.sdk.launch import Launch, id_of
 from vllm_bootstrap.sdk.sse import ServerEvent
 from vllm_bootstrap.sdk.sync_batches import Batches, Files, Items
+from vllm_bootstrap.sdk.sync_models import Models
 from vllm_bootstrap.sdk.sync_wire import SyncWire
 from vllm_bootstrap.sdk.transport import Verify
 from vllm_bootstrap.sdk.waiting import OnProgress, ReadyWait
@@ -32,7 +33,6 @@ from vllm_bootstrap.wire import (
     LaunchStatus,
     Listing,
     LogPage,
-    ModelListing,
     Stats,
     StopResult,
     Version,
@@ -61,6 +61,7 @@ class Client:
         self._verify: Verify = verify
         self._wire = SyncWire(self.target, timeout_s, verify)
         self.files, self.batches, self.items = Files(self._wire), Batches(self._wire), Items(self._wire)
+        self.models = Models(self._wire)
 
     def close(self) -> None:
         """Close all connections. Idempotent."""
@@ -248,10 +249,6 @@ class Client:
     def stats(self) -> Stats:
         """Figures of host, GPUs and queues."""
         return self._wire.do(calls.stats())
-
-    def models(self) -> ModelListing:
-        """What can be asked for by name now, as far as the key may see it."""
-        return self._wire.do(calls.models())
 
     def version(self) -> Version:
         return self._wire.do(calls.version())

@@ -107,7 +107,7 @@ class ReadyWait:
 
 class EndWait(Generic[T]):
     """Waiting until something has ended, whatever way. The caller polls: ``saw`` or ``missed`` after each poll, then
-    ``pause``. ``over`` says whether what was seen has ended."""
+    ``pause``. ``over`` says whether what was seen has ended; it may raise. ``slowest_s``: longest between polls."""
 
     def __init__(
         self,
@@ -116,8 +116,10 @@ class EndWait(Generic[T]):
         over: Callable[[T], bool],
         on_progress: Callable[[T], object] | None = None,
         clock: Clock = time.monotonic,
+        slowest_s: float = SLOWEST_BATCH_POLL_S,
     ) -> None:
         self._what, self._timeout_s, self._over, self._on_progress = what, timeout_s, over, on_progress
+        self._slowest_s = slowest_s
         self._clock, self._began = clock, clock()
         self._patience = Patience(clock=clock)
         self._poll_s = FIRST_POLL_S
@@ -144,5 +146,5 @@ class EndWait(Generic[T]):
 
     def pause(self) -> float:
         """Seconds until the next poll. Raises ``EndTimeout``."""
-        self._poll_s = min(SLOWEST_BATCH_POLL_S, self._poll_s * 1.5)
+        self._poll_s = min(self._slowest_s, self._poll_s * 1.5)
         return self.left(self._poll_s)

@@ -5,10 +5,13 @@ from dataclasses import replace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support.control_plane import Browser, FakeDevices, key, launch_id, make, view
+from tests.support.control_plane import NOW, Browser, FakeDevices, key, launch_id, make, view
+from tests.support.model_desk import FakeModels, entry
 from vllm_bootstrap.gateway.limits import RequestRecord
 from vllm_bootstrap.gpus.readings import GpuProcess, Snapshot
 from vllm_bootstrap.launches.types import EventView
+from vllm_bootstrap.models.idle_time import ActionView, DeviceTime, IdleReport, Spent
+from vllm_bootstrap.tallies import MODELS_MAX
 
 
 @pytest.fixture
@@ -198,3 +201,106 @@ def test_the_description_is_for_monitors():
     for path in ("/docs", "/openapi.json"):
         assert browser.get(path).error["needed_scopes"] == ["monitor"]
         assert browser.get(path, authorization="Bearer watch").status == 200
+
+
+# -- idle time and models -------------------------------------------------------------------------------------------
+
+
+class Idle:
+    def report(self):
+        gpus = (
+            DeviceTime("GPU-0", 0, NOW, Spent(7200, 1800, 5400), Spent(3600, 0, 3600)),
+            DeviceTime("GPU-1", 1, NOW, Spent(0, 0, 7200), Spent(0, 0, 3600)),
+        )
+        box = DeviceTime("box", None, NOW, Spent(7200, 1800, 5400), Spent(3600, 0, 3600))
+        action = ActionView("command", "failed", 2, NOW + 3, "no rights")
+        return IdleReport(12.5, None, box, gpus, after_s=600, fires_in_s=587.5, actions=(action,))
+
+
+def test_stats_tell_idle_hours(browser, services):
+    assert browser.get("/stats").json()["idle"] is None
+    services.idle = Idle()
+    idle = browser.get("/stats").json()["idle"]
+    assert (idle["idle_s"], idle["busy_because"], idle["after_s"], idle["fires_in_s"]) == (12.5, None, 600, 587.5)
+    first, second = idle["gpus"]
+    assert first == {
+        "device": "GPU-0", "index": 0, "since": "2027-01-15T08:00:00Z",
+        "total": {"claimed_h": 2, "working_h": 0.5, "idle_h": 1.5},
+        "this_start": {"claimed_h": 1, "working_h": 0, "idle_h": 1},
+    }  # fmt: skip
+    assert second["total"]["idle_h"] == 2
+    assert (idle["box"]["device"], idle["box"]["index"]) == ("box", None)
+    assert idle["actions"] == [{
+        "name": "command", "state": "failed", "attempts": 2, "last_at": "2027-01-15T08:00:03Z",
+        "last_error": "no rights",
+    }]  # fmt: skip
+
+
+def test_idle_time_is_counted_in_metrics(browser, services):
+    assert samples(browser)["vllm_bootstrap_box_idle_seconds",] == 0
+    services.idle = Idle()
+    services.metrics.models.idle_hook("command", "failed")
+    found = samples(browser)
+    assert found["vllm_bootstrap_gpu_claimed_seconds_total", "0"] == 7200
+    assert found["vllm_bootstrap_gpu_working_seconds_total", "0"] == 1800
+    assert found["vllm_bootstrap_gpu_idle_seconds_total", "1"] == 7200
+    assert found["vllm_bootstrap_box_idle_seconds",] == 12.5
+    assert found["vllm_bootstrap_idle_hook_runs_total", "command", "failed"] == 1
+
+
+def test_loads_and_what_is_put_away_are_counted(browser, services):
+    metrics = services.metrics.models
+    metrics.catalogue(["a", "b"])
+    metrics.loaded("a", "start", 42)
+    metrics.loaded("a", "wake", 1.5)
+    metrics.load_failed("b", "gpu_out_of_memory")
+    metrics.put_away("a", "sleep", "idle")
+    metrics.waited(3)
+    metrics.downloaded(1000)
+    found = samples(browser)
+    assert found["vllm_bootstrap_model_loads_total", "a", "loaded"] == 2
+    assert found["vllm_bootstrap_model_loads_total", "b", "gpu_out_of_memory"] == 1
+    assert found["vllm_bootstrap_model_load_seconds_sum", "a", "start"] == 42
+    assert found["vllm_bootstrap_model_load_seconds_count", "a", "wake"] == 1
+    assert found["vllm_bootstrap_model_put_away_total", "a", "idle", "sleep"] == 1
+    assert found["vllm_bootstrap_cold_start_wait_seconds_sum",] == 3
+    assert found["vllm_bootstrap_model_download_bytes_total",] == 1000
+
+
+def test_names_that_clients_invent_are_no_series(browser, services):
+    metrics = services.metrics.models
+    metrics.catalogue(["known"])
+    for number in range(50):
+        metrics.load_failed(f"invented-{number}", "model_not_found")
+        metrics.put_away(f"invented-{number}", "stop", "operator")
+        metrics.state(f"invented-{number}", "failed")
+    metrics.loaded("came to be", "start", 1)
+    metrics.load_failed("came to be", "engine_died")
+    found = samples(browser)
+    assert found["vllm_bootstrap_model_loads_total", "model_not_found", "other"] == 50
+    assert found["vllm_bootstrap_model_put_away_total", "operator", "other", "stop"] == 50
+    assert found["vllm_bootstrap_model_loads_total", "came to be", "engine_died"] == 1
+    assert not any("invented" in label for labels in found for label in labels)
+
+
+def test_there_are_never_more_names_than_a_few_hundred(browser, services):
+    for number in range(MODELS_MAX + 5):
+        services.metrics.models.loaded(f"m{number}", "start", 1)
+    assert samples(browser)["vllm_bootstrap_model_loads_total", "loaded", "other"] == 5
+
+
+def test_states_of_models_and_who_waits_are_of_the_present(browser, services):
+    services.models = FakeModels()
+    services.metrics.models.catalogue(["org/chat", "b"])
+    services.models.put(entry("org/chat"), state="loading", waiting={"realtime": 2, "batch": 1})
+    services.models.put(entry("b"), state="loaded", waiting={"realtime": 5})
+    found = samples(browser)
+    assert found["vllm_bootstrap_model_state", "loading", "org/chat"] == 1
+    assert found["vllm_bootstrap_model_state", "loaded", "org/chat"] == 0
+    assert found["vllm_bootstrap_held_requests", "realtime"] == 2
+    assert found["vllm_bootstrap_held_requests", "batch"] == 1
+    del services.models.views["org/chat"]
+    found = samples(browser)
+    assert not any("org/chat" in labels for labels in found)
+    assert found["vllm_bootstrap_model_state", "b", "loaded"] == 1
+    assert found["vllm_bootstrap_held_requests", "realtime"] == 0

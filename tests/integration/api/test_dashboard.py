@@ -6,8 +6,10 @@ import re
 import pytest
 
 from tests.support.control_plane import SECRET_LINE, Browser, failed, key, launch_id, loading, make, one_key_each, view
+from tests.support.model_desk import OOM, FakeModels, entry
 from vllm_bootstrap.api import pages
 from vllm_bootstrap.auth.sessions import COOKIE
+from vllm_bootstrap.models.types import ModelProgress
 
 EVIL = "<script>alert(1)</script>\"'&"
 
@@ -220,3 +222,41 @@ def test_assets_fetch_nothing_from_elsewhere():
         text = asset.content.decode()
         allowed = re.sub(r"http://www\.w3\.org/\S+", "", text)
         assert not re.search(r"https?://|@import|url\(|eval\(|innerHTML|new Function", allowed), name
+
+
+# -- models ---------------------------------------------------------------------------------------------------------
+
+
+def with_models(services):
+    services.models = FakeModels()
+    services.models.put(entry("org/chat"), state="loading", progress=ModelProgress("weights", 0.5, 3.0, None))
+    services.models.put(entry(EVIL), state="failed", trouble=OOM)
+    return services
+
+
+def test_models_are_shown_with_their_state_and_as_text(services):
+    html = parts(with_models(services), "monitor")
+    assert "1 failed · 1 loading" in html
+    assert "loading weights 50 %" in html
+    assert "The weights need more than there is." in html
+    assert EVIL not in html
+    assert "data-load" not in html
+    assert "data-unload" not in html
+
+
+def test_an_admin_may_load_and_unload(services):
+    html = parts(with_models(services), "admin")
+    assert 'data-unload="org/chat"' in html
+    assert html.count("data-load=") == 1
+
+
+def test_without_a_catalogue_there_is_no_such_part(services):
+    services.models = FakeModels()
+    assert 'id="models"' not in parts(services, "admin")
+    services.models.note = "line 3 is broken"
+    assert "line 3 is broken" in parts(services, "monitor")
+
+
+def test_a_key_for_other_models_does_not_see_them():
+    services = with_models(make([key("one", "monitor", models=("org/other",))]))
+    assert "org/chat" not in parts(services, "one")

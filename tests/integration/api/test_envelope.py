@@ -45,7 +45,7 @@ def test_another_api_version_is_refused(services):
 
 def test_unknown_routes_are_told_only_to_those_with_a_key(services):
     spelled = ["/launches/", "//launches", "/launches%2f", "/Launches", "/x/../launches", "/status/a%2Fb"]
-    later = ["/requests/x", "/v1/batch", "/models"]
+    later = ["/requests/x", "/v1/batch", "/evals"]
     for method, path in [("POST", "/nope"), *(("GET", path) for path in ["/nope", *spelled, *later])]:
         assert Browser(services).call(method, path).status == 401, path
         answer = Browser(services, "upload").call(method, path)

@@ -95,6 +95,27 @@ def test_lines_are_answered_each_with_its_own(tmp_path: Path, joined: int) -> No
     run(go())
 
 
+def test_work_is_reachable_while_there_is_an_engine_for_it_or_one_may_come(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with world(tmp_path) as here:
+            dispatcher = here.dispatcher
+            assert not dispatcher.reachable(lambda _: True)
+            source = here.add(Jobs("s", 5, path=COMPLETIONS))
+            assert dispatcher.reachable(lambda model: model == "m")
+            assert not dispatcher.reachable(lambda model: model != "m")
+            here.gone("bootstrapping")
+            assert dispatcher.reachable(lambda _: False)
+            here.gone("stopped")
+            assert not dispatcher.reachable(lambda _: False)
+            dispatcher.withdraw(source.id)
+            here.add(Jobs("t", 5, path=COMPLETIONS), LAUNCH)
+            assert not dispatcher.reachable(lambda _: True)  # none but that launch will do
+            here.announce()
+            assert dispatcher.reachable(lambda _: False)
+
+    run(go())
+
+
 def test_a_short_queue_is_no_reason_to_ask_again_and_again(tmp_path: Path) -> None:
     async def go() -> None:
         async with world(tmp_path, max_queued=2) as here:

@@ -51,12 +51,13 @@ def test_limits_and_expiry(run):
     made = run(
         "new", "ci", "--scope", "batch", "--model", "org/*", "--max-class", "batch", "--requests-per-minute", "60",
         "--tokens-per-minute", "9000", "--max-parallel", "4", "--max-sequences", "8", "--max-enqueued-tokens", "5000",
-        "--expires-in", "30d", "--json",
+        "--cold-start-hold", "0", "--expires-in", "30d", "--json",
     ).json()  # fmt: skip
     entry = keyfile.parse(json.dumps({"keys": [made["entry"]]}), allow_examples=False).entries[0]
     assert (entry.models, entry.max_class, entry.requests_per_minute) == (["org/*"], "batch", 60)
     assert (entry.max_parallel, entry.max_sequences) == (4, 8)
     assert (entry.tokens_per_minute, entry.max_enqueued_tokens) == (9000, 5000)
+    assert entry.cold_start_hold_s == 0
     assert entry.expires_at is not None
 
 
@@ -130,7 +131,7 @@ def test_list_tells_where_keys_come_from(run, tmp_path):
 
 LIMITS = {
     "requests_per_minute": 60, "tokens_per_minute": 9000, "max_parallel": 4, "max_sequences": 8,
-    "max_enqueued_tokens": 5000, "max_class": "batch",
+    "max_enqueued_tokens": 5000, "max_class": "batch", "cold_start_hold_s": 90,
 }  # fmt: skip
 
 
@@ -138,7 +139,8 @@ def test_list_tells_every_limit_that_a_key_can_have(run, tmp_path):
     path = tmp_path / "keys.json"
     path.write_text(json.dumps({"keys": [{"name": "a", "token": "t" * 20, "scopes": ["batch"], **LIMITS}]}))
     line = run("list", str(path)).out.splitlines()[1]
-    assert "60 requests/min, 9000 tokens/min, 4 parallel, 8 sequences, 5000 enqueued tokens, batch class" in line
+    limits = line.partition("60 requests/min")[2]
+    assert limits.startswith(", 9000 tokens/min, 4 parallel, 8 sequences, 5000 enqueued tokens, 90 s cold start, batch")
     assert run("check", str(path)).out == f"{path}: valid, 1 key\n"
     known = {"name", "token", "token_sha256", "scopes", "models", "expires_at", "disabled"}
     assert keyfile.Entry.model_fields.keys() - known == LIMITS.keys()

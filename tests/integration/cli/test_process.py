@@ -82,8 +82,10 @@ def daemon_refuses(tmp_path, *args, **env):
     ("args", "env", "code", "said"),
     [
         ([], {"HOST": "my-machine"}, 2, "HOST must be an IP address"),
-        ([], {"MODEL_ID": "x"}, 2, "not built yet"),
+        ([], {"TENSOR_PARALLEL": "2"}, 2, "MODEL_ID is not set"),
         (["--env-file", "/nonexistent"], {}, 2, "there is no such file"),
+        ([], {"VLLM_BOOTSTRAP_MODELS_FILE": "/nonexistent.yaml"}, 2, "/nonexistent.yaml: there is no such file"),
+        ([], {"MODEL_ID": "../x"}, 2, "MODEL_ID: this model cannot be served"),
         (["--auth-keys-file", "/nonexistent"], {}, 2, "/nonexistent"),
         (["--state-dir", "/proc/nope"], {}, 1, "/proc"),
     ],
@@ -92,6 +94,15 @@ def test_a_daemon_that_cannot_work_says_why_in_one_line(tmp_path, args, env, cod
     done = daemon_refuses(tmp_path, *args, **env)
     assert (done.returncode, done.stdout) == (code, "")
     assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_daemon_with_a_broken_catalogue_names_file_place_and_fix(tmp_path):
+    path = tmp_path / "models.yaml"
+    path.write_text("models:\n  qwen: {source: org/qwen, gpus: {cuont: 1}}\n")
+    done = daemon_refuses(tmp_path, VLLM_BOOTSTRAP_MODELS_FILE=str(path))
+    assert done.returncode == 2
+    assert f"{path}: models.qwen.gpus.cuont: there is no such key: did you mean count?" in done.stderr
     assert "Traceback" not in done.stderr
 
 

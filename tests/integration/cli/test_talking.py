@@ -84,11 +84,20 @@ def test_the_model_is_chosen_when_there_is_one(run, model):
     assert [asked["model"] for asked in model.asked] == ["a", "other"]
 
 
+@pytest.mark.parametrize("status", ["unloaded", "asleep", "failed"])
+def test_the_only_model_that_is_configured_is_asked_when_none_is_ready(run, model, status):
+    model.models = [("a", status)]
+    run("run", "-p", "Hi")
+    assert [asked["model"] for asked in model.asked] == ["a"]
+
+
 @pytest.mark.parametrize(
     ("models", "said"),
     [
         ([("a", "loaded"), ("b", "loaded")], "--model (a, b)"),
         ([("a", "loading")], "loading: a"),
+        ([("a", "loading"), ("b", "unloaded")], "loading: a"),
+        ([("a", "asleep"), ("b", "unloaded")], "which one to load with --model (a, b)"),
         ([], "Launch one"),
     ],
 )

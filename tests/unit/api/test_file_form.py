@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_bootstrap.api.file_form import FileForm, base_name
+from vllm_bootstrap.api.file_form import AdapterForm, FileForm, base_name
 from vllm_bootstrap.errors import ApiError, BadRequest, Forbidden, UnknownField
 
 TYPE = b"multipart/form-data; boundary=cut"
@@ -115,3 +115,45 @@ def test_what_is_no_name(sent: bytes) -> None:
     with pytest.raises(ApiError) as caught:
         base_name(sent)
     assert caught.value.param == "file"
+
+
+# -- adapters -------------------------------------------------------------------------------------------------------
+
+NAME = ("name", None, b"sql")
+
+
+def judge(name: str) -> None:
+    if name == "bad":
+        raise Forbidden("not this one")
+
+
+def adapter(*parts: tuple[str, str | None, bytes], name: str | None = None, slice_bytes: int = 7) -> tuple[str, bytes]:
+    form, data, got = AdapterForm(TYPE, name, judge), body(*parts), b""
+    for start in range(0, len(data), slice_bytes):
+        form.parse(data[start : start + slice_bytes])
+        got += form.take()
+    form.end()
+    return form.name, got
+
+
+def test_an_adapters_form_has_its_name_first() -> None:
+    assert adapter(NAME, FILE) == ("sql", FILE[2])
+    with pytest.raises(BadRequest, match="before the file"):
+        adapter(FILE, NAME)
+
+
+def test_the_query_may_name_an_adapter() -> None:
+    assert adapter(FILE, name="sql") == ("sql", FILE[2])
+    with pytest.raises(BadRequest, match="twice"):
+        adapter(NAME, FILE, name="sql")
+
+
+def test_what_is_wrong_with_an_adapters_form() -> None:
+    with pytest.raises(BadRequest, match="needs a name"):
+        adapter(FILE)
+    with pytest.raises(BadRequest, match="needs the file"):
+        adapter(NAME)
+    with pytest.raises(UnknownField, match="has file, name"):
+        adapter(FILE, PURPOSE)
+    with pytest.raises(Forbidden):
+        adapter(("name", None, b"bad"), FILE)

@@ -26,6 +26,7 @@ def test_an_entry_becomes_a_principal_without_its_token():
             max_parallel=4,
             tokens_per_minute=90_000,
             max_enqueued_tokens=2_000_000,
+            cold_start_hold_s=2.5,
             max_sequences=8,
             expires_at="2030-01-01T00:00:00Z",
         )
@@ -35,6 +36,7 @@ def test_an_entry_becomes_a_principal_without_its_token():
     assert (principal.max_class, principal.requests_per_minute) == ("batch", 60)
     assert (principal.max_parallel, principal.max_sequences) == (4, 8)
     assert (principal.tokens_per_minute, principal.max_enqueued_tokens) == (90_000, 2_000_000)
+    assert principal.cold_start_hold_s == 2.5
     assert principal.expires_at == 1893456000.0
     assert TOKEN not in repr(principal)
     assert TOKEN not in repr(found)
@@ -56,6 +58,9 @@ def test_expiry_is_rfc_3339_or_unix_seconds(expires_at):
     [
         ([entry(tokens_per_minute=0)], "tokens_per_minute"),
         ([entry(max_enqueued_tokens=1.5)], "max_enqueued_tokens"),
+        ([entry(cold_start_hold_s=-1)], "cold_start_hold_s"),
+        ([entry(cold_start_hold_s="30")], "cold_start_hold_s"),
+        ([entry(cold_start_hold_s=1e9)], "cold_start_hold_s"),
         ([entry(colour="red")], "colour: unknown field"),
         ([entry(scopes=["root"])], "unknown scope 'root'; known: admin"),
         ([entry(scopes=[])], "scopes"),

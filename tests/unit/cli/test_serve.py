@@ -3,7 +3,7 @@
 import pytest
 
 from vllm_bootstrap.cli import serve
-from vllm_bootstrap.settings import NOT_BUILT, Settings
+from vllm_bootstrap.settings import OF_ONE_MODEL, Settings
 
 
 def load(environ=None, **options):
@@ -62,11 +62,20 @@ def test_names_that_are_for_the_client_are_no_mistake():
     load({"VLLM_BOOTSTRAP_URL": "http://x", "VLLM_BOOTSTRAP_KEY": "k", "VLLM_CACHE_ROOT": "/x"})
 
 
-@pytest.mark.parametrize("name", NOT_BUILT)
+OTHER_VALUES = {
+    "model_revision": "v2", "dtype": "float16", "tensor_parallel": "2", "max_model_len": "4096",
+    "gpu_memory_utilization": "0.5",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_ONE_MODEL)
 @pytest.mark.parametrize("prefix", ["", "VLLM_BOOTSTRAP_"])
-def test_settings_of_what_is_not_built_are_refused(name, prefix):
-    with pytest.raises(serve.UnusableSettings, match="not built yet"):
-        load({prefix + name: "1"})
+def test_settings_of_the_one_model_are_refused_without_it(name, prefix, monkeypatch):
+    monkeypatch.setenv(prefix + name.upper(), OTHER_VALUES[name])
+    with pytest.raises(serve.UnusableSettings, match=f"{name.upper()} .* MODEL_ID is not set"):
+        load()
+    monkeypatch.setenv("MODEL_ID", "Qwen/Qwen2.5-3B-Instruct")
+    assert str(getattr(load(), name)) == OTHER_VALUES[name]
 
 
 def test_every_wrong_setting_is_named_and_no_value_shown(monkeypatch):

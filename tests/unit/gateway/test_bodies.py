@@ -8,6 +8,7 @@ import pytest
 
 from vllm_bootstrap.errors import BadRequest, InvalidJson, PayloadTooLarge
 from vllm_bootstrap.gateway import bodies
+from vllm_bootstrap.models.types import Rewrite
 
 
 def parse(text: str) -> bodies.JsonBody:
@@ -99,6 +100,50 @@ def test_a_model_is_a_string(model: str) -> None:
 )
 def test_one_member_is_changed_and_nothing_else(text: str, value: object, expected: str) -> None:
     assert bodies.with_members(parse(text), {"priority": value}).decode() == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "values", "expected"),
+    [
+        ('{"a":1, "b":2, "c":3}', {"a": None, "b": None}, '{"c":3}'),
+        ('{"a":1, "b":2, "c":3}', {"b": None, "a": None}, '{"c":3}'),
+        ('{"a":1, "b":2, "c":3 }', {"b": None, "c": None}, '{"a":1 }'),
+        ('{"a":1 , "b":2, "c":3}', {"a": None, "c": None}, '{"b":2}'),
+        ('{ "a":1, "b":2, "c":3 }', {"a": None, "b": None, "c": None}, "{  }"),
+        ('{"a":1, "b":2, "c":3, "d":4}', {"b": None, "d": None, "c": 5}, '{"a":1, "c":5}'),
+        ('{"a":1, "b":2, "c":3}', {"b": None, "c": None, "a": "x"}, '{"a":"x"}'),
+        ('{"a":1, "b":2}', {"a": None, "b": None, "c": 3}, '{"c": 3}'),
+        ('{"a":1, "b":2}', {"a": None, "x": None, "c": 3}, '{"c": 3,"b":2}'),
+    ],
+)
+def test_several_members_are_changed_at_once(text: str, values: dict[str, object], expected: str) -> None:
+    assert bodies.with_members(parse(text), values).decode() == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "defaults", "strip", "expected"),
+    [
+        ('{"model": "m"}', {"n": 4, "stop": ["é"]}, (), '{"n": 4, "stop": ["\\u00e9"],"model": "m"}'),
+        ('{"n":1, "top_p": null}', {"n": 4, "top_p": 0.5}, (), '{"n":1, "top_p": null}'),
+        ('{"n":1, "seed":5, "user":"u"}', {}, ("seed", "user", "x"), '{"n":1}'),
+        ('{"top_k":1, "n":2}', {"top_k": 20}, ("top_k",), '{"top_k":20, "n":2}'),
+        ('{"n":2}', {"top_k": 20}, ("top_k",), '{"top_k": 20,"n":2}'),
+        ('{"n":2}', {"seed": None}, (), '{"seed": null,"n":2}'),
+        ('{"s\\u0065ed":2}', {}, ("seed",), "{}"),
+    ],
+)
+def test_a_body_is_made_what_the_catalogue_wants(
+    text: str, defaults: dict[str, Any], strip: tuple[str, ...], expected: str
+) -> None:
+    body = bodies.rewritten(parse(text), Rewrite(defaults, frozenset(strip)))
+    assert body.text == expected
+    assert body.fields == json.loads(expected)
+    assert body.raw == expected.encode()
+
+
+def test_a_body_that_is_so_already_is_not_read_again() -> None:
+    body = parse('{"n":1}')
+    assert bodies.rewritten(body, Rewrite({"n": 4}, frozenset({"seed"}))) is body
 
 
 def test_an_unchanged_body_is_the_same_bytes() -> None:

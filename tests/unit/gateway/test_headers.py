@@ -197,6 +197,14 @@ def test_error_events() -> None:
     assert json.loads(named.partition(b"data: ")[2])["type"] == "error"
 
 
+def test_a_stream_can_begin_before_its_engine() -> None:
+    assert headers.stream_head("req_1", b"x-own: 1\r\n", close=False) == (
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\nx-request-id: req_1\r\n"
+        b"x-accel-buffering: no\r\nx-own: 1\r\n\r\n"
+    )
+    assert headers.stream_head("req_1", b"", close=True).endswith(b"no\r\nconnection: close\r\n\r\n")
+
+
 def test_what_every_answer_says_about_its_way() -> None:
     assert headers.own_headers("req_1", "l1", 17) == b"x-request-id: req_1\r\nx-launch-id: l1\r\nx-queue-ms: 17\r\n"
 

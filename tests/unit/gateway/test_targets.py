@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 
 from vllm_bootstrap.auth.types import Principal
 from vllm_bootstrap.errors import BadRequest
-from vllm_bootstrap.gateway import targets
+from vllm_bootstrap.gateway import GatewayLimits, targets
 from vllm_bootstrap.gateway.head import Head
 from vllm_bootstrap.gateway.targets import ToLaunch, ToModel
 from vllm_bootstrap.serving import EngineRoute
@@ -49,12 +52,30 @@ def test_data_plane_paths_have_one_spelling(path: str) -> None:
 )
 def test_durable_work_belongs_to_the_control_plane_whatever_the_method(method: str, path: str) -> None:
     assert targets.find(method, path) is None
-    assert targets.brings_file(method, path) == ((method, path) == ("POST", "/v1/files"))
+    assert targets.file_brought(method, path) == ("file" if (method, path) == ("POST", "/v1/files") else None)
 
 
 @pytest.mark.parametrize("path", ["/v1/filesystem", "/v1/batched", "/v1/files-1", "/v1/x/files"])
 def test_what_only_looks_like_it_does_not(path: str) -> None:
     assert targets.find("POST", path) == ToModel(path)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "brought"),
+    [
+        ("POST", "/models/org/chat/adapters", "adapter"),
+        ("POST", "/models/org%2Fchat/adapters", "adapter"),
+        ("GET", "/models/org/chat/adapters", None),
+        ("POST", "/models/adapters", None),
+        ("POST", "/models/org/chat/adapters/one", None),
+        ("POST", "/models", None),
+    ],
+)
+def test_adapters_may_be_longer_than_other_bodies(method: str, path: str, brought: str | None) -> None:
+    assert targets.file_brought(method, path) == brought
+    limits = GatewayLimits(max_control_body_bytes=1, max_file_body_bytes=2, max_adapter_body_bytes=3)
+    assert limits.of_body(targets.file_brought(method, path)) == (3 if brought else 1)
+    assert limits.of_body("file") == 2
 
 
 def test_rules_come_from_routes() -> None:
@@ -93,6 +114,36 @@ def test_an_unknown_priority_is_refused(word: bytes) -> None:
     with pytest.raises(BadRequest) as refused:
         targets.request_class(key("realtime"), word)
     assert refused.value.param == "x-priority"
+
+
+@pytest.mark.parametrize(
+    ("own", "word", "hold", "shows"),
+    [
+        (None, None, None, False),
+        (5.0, None, 5.0, False),
+        (0.0, None, 0.0, False),
+        (None, b"error", 0.0, False),
+        (5.0, b"error", 0.0, False),
+        (None, b"wait", None, False),
+        (5.0, b"wait", 5.0, False),
+        (0.0, b"wait", None, False),
+        (None, b"progress", math.inf, True),
+        (5.0, b"progress", 5.0, True),
+        (0.0, b"progress", math.inf, True),
+    ],
+)
+def test_for_how_long_a_cold_start_is_waited_for(
+    own: float | None, word: bytes | None, hold: float | None, shows: bool
+) -> None:
+    principal = replace(key("realtime"), cold_start_hold_s=own)
+    assert targets.cold_start(principal, word) == (hold, shows)
+
+
+@pytest.mark.parametrize("word", [b"", b"WAIT", b"30", b"wait, error"])
+def test_an_unknown_word_about_cold_starts_is_refused(word: bytes) -> None:
+    with pytest.raises(BadRequest) as refused:
+        targets.cold_start(key("realtime"), word)
+    assert refused.value.param == "x-cold-start"
 
 
 def handshake(query: bytes) -> Head:

@@ -1,0 +1,1 @@
+"""Models by name: the catalogue, loading on demand, making room, weights on disk, adapters."""

@@ -1,0 +1,329 @@
+"""The one task that loads models and puts them away. All others ask; only this one acts.
+
+It looks again and again (at news, and a few times a second) at what is loaded and who waits, lets ``planning`` decide,
+and begins what was decided. What is under way is a task of its own for each model; nothing else is remembered that
+could contradict what launches say, so a daemon that was killed goes on where it was.
+
+Invariants: a model has at most one operation under way, and at most one load however many ask; nothing is put away
+while a request is in flight there (it is retired at the gate first, in the same turn of the loop in which it is seen to
+be free); who waits for a load that fails is told so. Must not know: HTTP, processes, where entries come from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import Coroutine, Mapping
+from typing import Any
+
+from vllm_bootstrap.errors import ApiError, NotFound
+from vllm_bootstrap.models import planning
+from vllm_bootstrap.models.gathering import Gathering, needs_of
+from vllm_bootstrap.models.operations import Operations
+from vllm_bootstrap.models.orders import ORDER_LABEL
+from vllm_bootstrap.models.outcomes import Outcomes
+from vllm_bootstrap.models.planning import Facts
+from vllm_bootstrap.models.ports import KeeperConfig, KeeperDeps
+from vllm_bootstrap.models.record import NOTHING, Doing, Record, Seen
+from vllm_bootstrap.models.rooms import Rooms
+from vllm_bootstrap.models.types import ModelEntry, Origin
+from vllm_bootstrap.serving import Advert, RequestClass
+
+log = logging.getLogger(__name__)
+
+BUSY_TICK_S, IDLE_TICK_S = 0.1, 1.0
+"""Between two looks without news: while somebody waits for room, and otherwise."""
+DRAIN_LOOK_S = 0.05
+OPERATOR_ASKS_S = 3600.0
+MOST_ADHOC = 256
+"""Names that only requests have made up: so many are remembered without being loaded."""
+
+
+class Keeper:
+    """See the module. ``start`` once launches were taken over, ``close`` before they are stopped."""
+
+    def __init__(self, config: KeeperConfig, deps: KeeperDeps) -> None:
+        self._config, self._deps = config, deps
+        self._gathering = Gathering(deps)
+        self._outcomes = Outcomes(config, deps)
+        self._work = Operations(deps, self._outcomes)
+        self.records: dict[str, Record] = {}
+        self._kicked = asyncio.Event()
+        self._changed, self._hurry = asyncio.Event(), asyncio.Event()
+        self._operations: dict[str, asyncio.Task[None]] = {}
+        self._running: asyncio.Task[None] | None = None
+        self._closed = False
+
+    # Life
+
+    async def start(self) -> None:
+        self.book_changed()
+        self._running = asyncio.create_task(self._run(), name="keep models")
+
+    async def close(self) -> None:
+        """Begin nothing more; what is under way is left to the launches. Idempotent."""
+        self._closed = True
+        tasks = [*self._operations.values(), *([self._running] if self._running is not None else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._operations.clear()
+
+    def kick(self) -> None:
+        """Something has changed: look now."""
+        self._kicked.set()
+
+    def advert(self, _advert: Advert) -> None:
+        """A launch has changed."""
+        self.kick()
+
+    def book_changed(self) -> None:
+        """The catalogue has changed."""
+        entries = self._deps.book.entries()
+        for name, entry in entries.items():
+            print_ = self._deps.book.fingerprint(entry)
+            record = self.records.get(name)
+            if record is None:
+                self.records[name] = Record(entry, print_)
+                continue
+            if record.fingerprint != print_ or record.entry.gpus != entry.gpus:
+                record.retry_at, record.failures, record.trouble = None, 0, None
+                record.gpu_count, record.estimated = None, False
+            record.entry, record.fingerprint = entry, print_
+        self._deps.queues.prospects_changed()
+        self.kick()
+
+    async def changes(self) -> None:
+        """Return at the next change of anything that is shown of models."""
+        await self._changed.wait()
+
+    # What others ask
+
+    def record_of(self, name: str) -> Record | None:
+        """The record of the model whose engine serves ``name``."""
+        entry = self._deps.book.find(name)
+        if entry is None and self._config.on_demand == "any":
+            known = self.records.get(name)
+            if known is not None:
+                return known
+            entry = self._deps.book.adhoc(name)
+            if entry is not None:
+                self._forget_adhoc()
+        if entry is None:
+            return None
+        record = self.records.get(entry.name)
+        if record is None:
+            record = self.records[entry.name] = Record(entry, self._deps.book.fingerprint(entry))
+        return record
+
+    def _forget_adhoc(self) -> None:
+        """Names that requests have made up are not kept for ever."""
+        idle = [
+            name
+            for name, record in self.records.items()
+            if record.entry.origin == "request" and not record.launches and name not in self._operations
+        ]
+        for name in idle[: max(0, len(idle) - MOST_ADHOC)]:
+            del self.records[name]
+
+    def look(self) -> Mapping[str, Seen]:
+        """The launches of all models that have any, now."""
+        return self._gathering.look()
+
+    def seen(self, name: str) -> Seen:
+        """Its launches now."""
+        return self.look().get(name, NOTHING)
+
+    def ask(self, name: str, cls: RequestClass, lasting_s: float) -> None:
+        """Somebody wants it and does not wait in a queue."""
+        record = self.record_of(name)
+        if record is not None:
+            record.ask(cls, self._deps.tick(), lasting_s)
+            self.kick()
+
+    async def load(self, name: str) -> None:
+        """Have it loaded, whatever went wrong before. Returns at once."""
+        record = self._must(name)
+        record.retry_at, record.trouble, record.failures, record.down = None, None, 0, False
+        self.ask(name, "realtime", OPERATOR_ASKS_S)
+
+    async def unload(self, name: str, *, force: bool) -> None:
+        """Put it away and wait until that is done: when nothing runs there any more, with ``force`` at once."""
+        record = self._must(name)
+        own = record.entry.name
+        record.asked.clear()
+        record.down, record.hurry = True, record.hurry or force
+        if force:
+            self._hurry.set()
+            self._hurry = asyncio.Event()
+        while not self._closed:
+            task = self._operations.get(own)
+            if task is not None:
+                await asyncio.wait({task})
+            elif (seen := self.seen(own)).launches:
+                self._begin(record, "unloading", self._drain(record, seen))
+            else:
+                break
+        record.hurry = False
+        self.kick()
+
+    async def _drain(self, record: Record, seen: Seen) -> None:
+        for view in seen.launches:
+            self._deps.queues.retire(view.launch_id)
+        while not record.hurry and self.seen(record.entry.name).in_flight:
+            await _within(DRAIN_LOOK_S, self._hurry)
+        await self._work.stop(record, seen, "asked", force=record.hurry)
+
+    def _must(self, name: str) -> Record:
+        record = self.record_of(name)
+        if record is None:
+            raise NotFound(f"There is no model {name!r} in the catalogue.", param="model")
+        return record
+
+    # The loop
+
+    async def _run(self) -> None:
+        wait_s = 0.0
+        while True:
+            await _within(wait_s, self._kicked)
+            self._kicked.clear()
+            try:
+                wait_s = await self._step()
+            except ApiError as error:
+                log.warning("Models cannot be judged at the moment: %s", error.message)
+                wait_s = IDLE_TICK_S
+            except Exception:
+                log.exception("A look at the models failed; the next one comes in a second")
+                wait_s = IDLE_TICK_S
+
+    async def _step(self) -> float:
+        """One look. Returns how long to wait for the next one without news."""
+        facts = self._facts()
+        wanted = [fact for fact in facts if fact.wanted is not None]
+        room: planning.Room = _NoRoom()
+        if wanted:
+            for fact in wanted:
+                await self._learn(self.records[fact.name])
+            snapshot = await self._deps.devices.snapshot()
+            own_pids = await self._deps.launches.own_pids(snapshot)
+            facts = self._facts()  # what was seen before has changed meanwhile; from here on nothing waits
+            concerned = {fact.name: self.records[fact.name] for fact in facts}
+            room = Rooms(
+                needs_of(concerned, self._gathering.seen, self._deps.ledger, self._config.externals),
+                snapshot, self._deps.ledger, self._deps.gpus.unsettled,
+                busy_bytes=self._config.busy_bytes, replicas_max=self._config.replicas_max, own_pids=own_pids,
+            )  # fmt: skip
+        plan = planning.plan(facts, room, self._deps.book.groups(), self._config.policy)
+        for fact in facts:
+            record = self.records[fact.name]
+            if fact.wanted is not None:
+                record.obstacle = plan.waits.get(fact.name)
+        for action in plan.actions:
+            self._act(action, room)
+        self._tell_changes()
+        busy = any(fact.wanted is not None or fact.retired for fact in facts)
+        return BUSY_TICK_S if busy else IDLE_TICK_S
+
+    def _facts(self) -> list[Facts]:
+        seen = self._gathering.look()
+        self._adopt(seen)
+        for name, record in self.records.items():
+            found = seen.get(name, NOTHING)
+            if (found is not NOTHING or record.was_seen) and self._outcomes.note(record, found):
+                self._tell_changes()
+        return self._gathering.facts(self.records, self._config, on_demand=self._config.on_demand != "off")
+
+    def _adopt(self, seen: Mapping[str, Seen]) -> None:
+        """Launches of models that are not known (any more) are kept in the books until they are gone."""
+        for name, found in seen.items():
+            if name not in self.records:
+                view = found.launches[0]
+                origin: Origin = "request" if self._config.on_demand == "any" else "runtime"
+                entry = ModelEntry(name, view.model, origin=origin, engine=view.engine)
+                self.records[name] = Record(entry, view.labels.get(ORDER_LABEL, ""))
+        known = self._deps.book.entries()
+        for name, record in list(self.records.items()):
+            if name in known or record.entry.origin == "request":
+                continue
+            if name in seen or name in self._operations:  # it is not in the catalogue any more: outdated
+                record.fingerprint, record.retry_at = "", math.inf
+            else:
+                del self.records[name]
+
+    async def _learn(self, record: Record) -> None:
+        """What must be known of a model before it is placed."""
+        if not record.estimated:
+            record.estimated = True
+            record.load_est_s = await self._deps.estimate(record.entry) or record.load_est_s
+        gpus = record.entry.gpus
+        if record.gpu_count is None and gpus.count is None and gpus.ids is None:
+            record.gpu_count = await self._deps.smallest(record.entry) or 1
+
+    def _tell_changes(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    # What is done
+
+    def _act(self, action: planning.Action, room: planning.Room) -> None:
+        record = self.records[action.name]
+        seen = self._gathering.seen.get(action.name, NOTHING)
+        queues = self._deps.queues
+        if record.doing is not None:
+            return
+        if isinstance(action, planning.Load):
+            self._begin(record, "loading", self._work.load(record, _chosen(room, action.name)))
+        elif isinstance(action, planning.Wake):
+            self._begin(record, "waking", self._work.wake(record, seen))
+        elif isinstance(action, planning.Keep):
+            for view in seen.launches:
+                queues.restore(view.launch_id)
+        elif isinstance(action, planning.Retire):
+            log.info("%s makes room for %s as soon as nothing runs there", action.name, action.wanted_by)
+            for view in seen.launches:
+                queues.retire(view.launch_id)
+        else:
+            self._put_away(record, seen, action)
+
+    def _put_away(self, record: Record, seen: Seen, action: planning.PutAway) -> None:
+        for view in seen.launches:
+            self._deps.queues.retire(view.launch_id)
+        if action.how == "sleep":
+            self._begin(record, "falling_asleep", self._work.sleep(record, seen, action.why))
+        else:
+            self._begin(record, "unloading", self._work.stop(record, seen, action.why))
+
+    def _begin(self, record: Record, doing: Doing, work: Coroutine[Any, Any, None]) -> None:
+        name = record.entry.name
+        record.doing = doing
+        task = asyncio.create_task(work, name=f"{doing} {name}")
+        self._operations[name] = task
+        task.add_done_callback(lambda done: self._over(name, record, done))
+
+    def _over(self, name: str, record: Record, task: asyncio.Task[None]) -> None:
+        record.doing = None
+        self._operations.pop(name, None)
+        if not task.cancelled() and (cause := task.exception()) is not None:
+            log.error("%s failed", task.get_name(), exc_info=cause)
+        self._tell_changes()
+        self.kick()
+
+
+class _NoRoom:
+    """Nobody asks."""
+
+    def fits(self, name: str, gone: frozenset[str], coming: tuple[str, ...]) -> bool:  # noqa: ARG002
+        return False
+
+
+def _chosen(room: planning.Room, name: str) -> tuple[str, ...] | None:
+    return room.named(name) if isinstance(room, Rooms) else None
+
+
+async def _within(seconds: float, event: asyncio.Event) -> None:
+    """Wait for the event, at most so long."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()

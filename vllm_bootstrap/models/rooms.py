@@ -1,0 +1,163 @@
+"""Would a model find place if some were gone and others had come? PURE: claims and readings in, yes or no out.
+
+Placement itself is asked (``gpus.placement``, ``gpus.replicas``), over a copy of the claims without those of the models
+that are gone, and with those of the models that come first. What the engines of those that are gone use of a GPU is
+counted as coming back; the launch that follows measures again. Nothing here claims, waits or knows engines.
+
+It speaks of one moment and is asked the same again and again then: most models of a long catalogue ask for the same.
+So an answer is kept for all models that ask for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from vllm_bootstrap.engines.base import Placement
+from vllm_bootstrap.errors import ApiError
+from vllm_bootstrap.gpus.ledger import WHOLE, Claim, Ledger, LedgerConflict
+from vllm_bootstrap.gpus.placement import PlacementWish, place
+from vllm_bootstrap.gpus.readings import GpuReading, Snapshot
+from vllm_bootstrap.gpus.replicas import place_replicas
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What one model asks for. ``launches`` are those it has. ``claims``: it sleeps and wants exactly these back.
+    ``anywhere``: its engine runs elsewhere and needs nothing here."""
+
+    wish: PlacementWish = field(default_factory=PlacementWish)
+    replicas: int | Literal["per_gpu"] = 1
+    min_memory: int | None = None
+    launches: frozenset[str] = frozenset()
+    claims: tuple[Claim, ...] = ()
+    anywhere: bool = False
+
+
+class Rooms:
+    """See ``planning.Room``. ``needs`` by model. What is given here must not change while it is asked."""
+
+    def __init__(
+        self,
+        needs: Mapping[str, Need],
+        snapshot: Snapshot,
+        ledger: Ledger,
+        unsettled: Mapping[str, str],
+        *,
+        busy_bytes: int,
+        replicas_max: int,
+        own_pids: frozenset[int] | None = None,
+    ) -> None:
+        self._needs, self._snapshot, self._ledger, self._unsettled = needs, snapshot, ledger, unsettled
+        self._busy_bytes, self._replicas_max, self._own_pids = busy_bytes, replicas_max, own_pids
+        self._forms: dict[str, Need] = {}
+        self._known: dict[tuple[Need, frozenset[str], tuple[Need, ...]], ApiError | None] = {}
+
+    def fits(self, name: str, gone: frozenset[str], coming: tuple[str, ...]) -> bool:
+        key = (self._form(name), gone, tuple([self._form(one) for one in coming]))
+        if key not in self._known:
+            self._known[key] = self._refusal(name, gone, coming)
+        return self._known[key] is None
+
+    def _form(self, name: str) -> Need:
+        """What it asks for, whoever it is."""
+        form = self._forms.get(name)
+        if form is None:
+            form = self._forms[name] = replace(self._needs[name], launches=frozenset())
+        return form
+
+    def refusal(self, name: str) -> ApiError | None:
+        """Why there is no room for it now, None when there is."""
+        return self._refusal(name, frozenset(), ())
+
+    def _refusal(self, name: str, gone: frozenset[str], coming: tuple[str, ...]) -> ApiError | None:
+        """Why there would be none."""
+        owners = frozenset().union(*(self._needs[one].launches for one in gone if one in self._needs))
+        ledger, snapshot = _without(self._ledger, self._snapshot, owners)
+        for number, one in enumerate(coming):
+            try:
+                self._take(f"coming {number}", self._needs[one], ledger, snapshot)
+            except ApiError:
+                continue  # it was decided for another state of things; its own turn tells
+        try:
+            self._take("wanted", self._needs[name], ledger, snapshot)
+        except ApiError as error:
+            return error
+        return None
+
+    def named(self, name: str) -> tuple[str, ...] | None:
+        """The GPUs that a launch of it must name because its wish cannot be said otherwise (a minimum of memory); None
+        where it need not name any, or none would do."""
+        need = self._needs[name]
+        if need.min_memory is None or need.replicas != 1 or need.anywhere:
+            return None
+        try:
+            placed = self._place(need, self._ledger, self._snapshot)[0]
+        except ApiError:
+            return None
+        return tuple(gpu.uuid for gpu in placed.gpus)
+
+    def _take(self, owner: str, need: Need, ledger: Ledger, snapshot: Snapshot) -> None:
+        if need.anywhere:
+            return
+        if need.claims:
+            for claim in need.claims:
+                _claim(ledger, f"{owner} {claim.uuid}", (claim.uuid,), claim.share_milli, shared=claim.shared)
+            return
+        for number, placed in enumerate(self._place(need, ledger, snapshot)):
+            uuids = [gpu.uuid for gpu in placed.gpus]
+            _claim(ledger, f"{owner} {number}", uuids, placed.share_milli, shared=placed.share_milli < WHOLE)
+
+    def _place(self, need: Need, ledger: Ledger, snapshot: Snapshot) -> list[Placement]:
+        seen = _large_enough(snapshot, need.min_memory)
+        if need.replicas == 1:
+            one = place(need.wish, seen, ledger, self._unsettled, busy_bytes=self._busy_bytes, own_pids=self._own_pids)
+            return [one]
+        return place_replicas(
+            need.wish, need.replicas, seen, ledger, self._unsettled,
+            busy_bytes=self._busy_bytes, most=self._replicas_max, own_pids=self._own_pids,
+        )  # fmt: skip
+
+
+def _claim(ledger: Ledger, owner: str, uuids: Sequence[str], milli: int, *, shared: bool) -> None:
+    try:
+        ledger.claim(owner, uuids, milli, shared)
+    except LedgerConflict as exc:
+        raise ApiError(str(exc)) from exc
+
+
+def _large_enough(snapshot: Snapshot, min_memory: int | None) -> Snapshot:
+    if min_memory is None or snapshot.kind == "cpu":
+        return snapshot
+    large = tuple(reading for reading in snapshot.gpus if reading.gpu.total_bytes >= min_memory)
+    if not large:
+        return replace(snapshot, gpus=(), unknown=f"no GPU here has {min_memory / 1024**3:g} GiB of memory")
+    return replace(snapshot, gpus=large)
+
+
+def _without(ledger: Ledger, snapshot: Snapshot, owners: Iterable[str]) -> tuple[Ledger, Snapshot]:
+    """Claims and readings as they would be without these owners."""
+    gone = frozenset(owners)
+    held: dict[str, list[Claim]] = {}
+    readings: list[GpuReading] = []
+    for reading in snapshot.gpus:
+        claims = ledger.claims_on(reading.gpu.uuid)
+        for owner, claim in claims.items():
+            if owner not in gone:
+                held.setdefault(owner, []).append(claim)
+        back = sum(claim.share_milli for owner, claim in claims.items() if owner in gone)
+        readings.append(_freed(reading, back) if back else reading)
+    copy = Ledger()
+    copy.restore(held)
+    sleepers = {owner for reading in snapshot.gpus for owner in ledger.parked_on(reading.gpu.uuid)} - gone
+    copy.restore_parked({owner: ledger.parked(owner) for owner in sleepers})
+    return copy, replace(snapshot, gpus=tuple(readings))
+
+
+def _freed(reading: GpuReading, milli: int) -> GpuReading:
+    """A GPU after so many thousandths of it were given back."""
+    if milli >= WHOLE or reading.used_bytes is None:
+        return replace(reading, used_bytes=None if reading.used_bytes is None else 0, processes=())
+    used = max(0, reading.used_bytes - reading.gpu.total_bytes * milli // WHOLE)
+    return replace(reading, used_bytes=used, processes=())
