@@ -96,6 +96,11 @@ bench-batches: $(READY)  ## durable batches: lines a second, a million lines, va
 	@$(PY) scripts/engine_env.py $(VLLM_ENGINE_ENV)
 	VLLM_ENGINE_ENV=$(VLLM_ENGINE_ENV) $(PY) -m bench.batches $(ARGS)
 
+.PHONY: bench-models
+bench-models: $(READY)  ## models by name: routing, idle catalogue, first token, collation, prefetch (ARGS='names collate')
+	@case "$(ARGS)" in *--no-vllm*) ;; *) $(PY) scripts/engine_env.py $(VLLM_ENGINE_ENV) ;; esac
+	VLLM_ENGINE_ENV=$(VLLM_ENGINE_ENV) $(PY) -m bench.models $(ARGS)
+
 .PHONY: bench-overload
 bench-overload: $(READY)  ## goodput, refusals and memory at 0.5 to 5 times what an engine can do (simulator)
 	$(PY) -m bench.overload $(ARGS)

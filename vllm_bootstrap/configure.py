@@ -24,7 +24,7 @@ from vllm_bootstrap.models.entries import EntryStore
 from vllm_bootstrap.models.idle_hook import Action, Command, Webhook, command_environment
 from vllm_bootstrap.models.planning import Policy
 from vllm_bootstrap.models.ports import KeeperConfig
-from vllm_bootstrap.models.types import AdapterEntry, GpuNeed, ModelEntry
+from vllm_bootstrap.models.types import AdapterEntry, Fetched, GpuNeed, ModelEntry
 from vllm_bootstrap.models.weights import WeightsConfig
 from vllm_bootstrap.places import default_config_dir
 from vllm_bootstrap.scheduler.budget import BudgetPolicy
@@ -178,7 +178,7 @@ def catalogue(
     *,
     on_cpu: bool,
     adapters: Callable[[str], Sequence[AdapterEntry]] = lambda _name: (),
-    resolved: Callable[[ModelEntry], str | None] = lambda _entry: None,
+    resolved: Callable[[ModelEntry], Fetched | None] = lambda _entry: None,
 ) -> CatalogueBook:
     """The catalogue of models that the settings name. Reads its file. Raises ``CatalogueError``."""
     return CatalogueBook(

@@ -114,7 +114,7 @@ class NotBuilt(BadRequest):
 
 class DoesNotFit(BadRequest):
     """The model needs more memory than the launch may use, whatever the estimate's error. ``details``: ``fit`` (the
-    figures) and ``suggestions`` (what would fit)."""
+    figures) and ``suggestions`` (what would fit). ``retry_after``: it would fit if others did not use so much."""
 
     code = "does_not_fit"
 

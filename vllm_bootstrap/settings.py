@@ -187,7 +187,7 @@ class Settings(BaseSettings):
     cold_start_hold_s: float = Field(30, ge=0)
     model_ttl_s: float = Field(0, ge=0)
     model_asleep_ttl_s: float = Field(0, ge=0)
-    model_min_loaded_s: float = Field(10, ge=0)
+    model_min_loaded_s: float = Field(2, ge=0)
     model_max_wait_s: float = Field(15, ge=0)
     model_batch_turn_s: float = Field(600, ge=0)
     fit_check: bool = True

@@ -2,7 +2,8 @@
 
 ``python -m bench.proxy.load PORT KEY WORK``, where WORK is one of
 
-* ``requests N TOTAL [PATH MODEL]``: N connections send TOTAL requests, each the next as soon as the last was answered;
+* ``requests N TOTAL [PATH MODEL [numbered]]``: N connections send TOTAL requests, each the next as soon as the last was
+  answered; ``numbered``: no two of them have the same head;
 * ``paced N TOTAL``: the same, but each connection sends one request every 100 ms, all of them evenly spread;
 * ``streams N EVENTS MS IDLE``: N streams at once, begun within half a second, beside IDLE connections that have had one
   answer each and say nothing more. With IDLE it prints ``ready`` once they are there and waits for a line before.
@@ -30,7 +31,8 @@ class Run:
     """Counts of one run. ``answered`` says whether its connection is to send another request."""
 
     def __init__(self, request: bytes, total: int, connections: int, *, pace_s: float = 0.0) -> None:
-        self.request, self.pace_s = request, pace_s
+        self.request = self.plain = request
+        self.pace_s, self.sent = pace_s, 0
         self.left, self.open = total - connections, connections
         self.done = self.failed = self.events = 0
         self.first_byte_ms: list[float] = []
@@ -88,6 +90,16 @@ class Client(asyncio.Protocol):
         self.run.lost(exc)
 
 
+class Numbering(Client):
+    """Gives each request a head of its own."""
+
+    def send(self) -> None:
+        run = self.run
+        run.sent += 1
+        run.request = run.plain.replace(b"\r\n\r\n", b"\r\nX-Request-Id: %d\r\n\r\n" % run.sent, 1)
+        super().send()
+
+
 class Idler(Client):
     """Has one answer and stays."""
 
@@ -114,6 +126,7 @@ async def idle(port: int, key: str, count: int) -> None:
 
 async def main() -> None:
     port, key, kind, connections, *rest = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), *sys.argv[5:]
+    client: type[Client] = Client
     if kind == "streams":
         events, interval_ms, idlers = map(int, rest)
         if idlers:
@@ -121,14 +134,15 @@ async def main() -> None:
         run = Run(request(int(port), key, stream=f"events/ms {events}/{interval_ms}"), connections, connections)
         spread_s = 0.5 if connections > 1 else 0.0
     else:
-        asked = request(int(port), key, **dict(zip(("path", "model"), rest[1:], strict=False)))
+        asked = request(int(port), key, **dict(zip(("path", "model"), rest[1:3], strict=False)))
+        client = Numbering if rest[3:] == ["numbered"] else Client
         run = Run(asked, int(rest[0]), connections, pace_s=PACE_S if kind == "paced" else 0.0)
         spread_s = PACE_S if kind == "paced" else 0.0
     loop = asyncio.get_running_loop()
     gc.disable()
     began, due = time.perf_counter(), loop.time()
     for _ in range(connections):
-        await loop.create_connection(lambda: Client(run), "127.0.0.1", int(port))
+        await loop.create_connection(lambda: client(run), "127.0.0.1", int(port))
         if spread_s:
             due += spread_s / connections
             await asyncio.sleep(due - loop.time())

@@ -28,6 +28,8 @@ class Box:
         there = [one for one in held if one not in gone and one != name]
         return sum(self.sizes[one] for one in [*there, *coming, name]) <= ROOM
 
+    fits_elsewhere = fits
+
 
 class Planning(RuleBasedStateMachine):
     @initialize(

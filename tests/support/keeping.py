@@ -88,6 +88,7 @@ class Keeping:
         world: World | None = None,
         **config: Any,
     ) -> None:
+        self.warmed: list[str] = []
         self.book, self.told, self.lines = Shelf(*entries, groups=groups), Told(), dict[str, int]()
         self.world = world or World(home)
         self._hold_s = hold_s
@@ -104,7 +105,7 @@ class Keeping:
         deps = KeeperDeps(
             launches=supervisor, queues=self.gate, book=self.book, devices=world.inventory, ledger=world.ledger,
             gpus=world.gpus, smallest=_unknown, estimate=_unknown, batch_lines=lambda: self.lines, tally=self.told,
-            tick=time.monotonic, clock=time.time,
+            tick=time.monotonic, clock=time.time, warm=lambda entry: self.warmed.append(entry.name),
         )  # fmt: skip
         self.keeper = Keeper(config, deps)
         self.outlook = Outlook(config, deps, self.keeper)

@@ -71,6 +71,8 @@ def test_a_model_that_no_launch_could_serve_stops_the_start(tmp_path: Path, monk
     monkeypatch.setattr("vllm_bootstrap.configure.default_config_dir", lambda: tmp_path)
     with pytest.raises(CatalogueError, match="MODEL_ID: "):
         book(model_id="../x")
+    with pytest.raises(CatalogueError, match="MODEL_ID: the name 'org/files' may not end in 'files'"):
+        book(model_id="org/files")
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ class ModelDesk(Protocol):
 
     async def load(self, name: str, *, wait: bool) -> ModelView:
         """Load it, also when an earlier load has failed for good; idempotent. With ``wait``, returns when it is loaded
-        and raises what keeps it from that; else at once. Until it is loaded or has failed its state is ``loading`` or
-        ``waking``, also while it waits for room."""
+        and raises what keeps it from that (``Conflict``: it was unloaded meanwhile); else at once. Until it is loaded
+        or has failed its state is ``loading`` or ``waking``, also while it waits for room."""
 
     async def unload(self, name: str, *, force: bool) -> ModelView:
         """Put it away when what runs there has ended, with ``force`` at once; returns when that is done. Idempotent.

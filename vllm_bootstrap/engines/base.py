@@ -21,7 +21,8 @@ class LaunchSpec:
 
     ``aliases`` are further names of the model. ``adapters``: served name to the LoRA adapter (repository or path) that
     is served under it. ``max_parallel``: so many sequences run at once though the engine has more slots. ``sleep``: the
-    level at which the engine is to sleep when it is not needed, 0 for never; it is started so that it can.
+    level at which the engine is to sleep when it is not needed, 0 for never; it is started so that it can. ``folder``:
+    where all files of ``model`` lie on this machine; an engine that is given it needs no hub for them.
     """
 
     model: str
@@ -34,6 +35,7 @@ class LaunchSpec:
     adapters: Mapping[str, str] = field(default_factory=dict)
     max_parallel: int | None = None
     sleep: int = 0
+    folder: str | None = None
 
     @property
     def served_names(self) -> tuple[str, ...]:

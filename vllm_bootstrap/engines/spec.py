@@ -101,6 +101,7 @@ def make_spec(order: LaunchOrder, engine: Engine, allow_dangerous: Iterable[str]
         adapters=_adapters(order, served, engine, allowed),
         max_parallel=_max_parallel(order.max_parallel),
         sleep=_sleep(order.sleep, engine),
+        folder=order.folder,
     )
 
 

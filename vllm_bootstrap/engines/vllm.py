@@ -121,7 +121,9 @@ class VllmEngine:
 
 
 def _model(spec: LaunchSpec, install: Install) -> list[str]:
-    return [spec.model] if install.form is Form.SERVE else [f"--model={spec.model}"]
+    # Of a repository vLLM asks the hub what is in it, however much of it is cached, and does not start without it.
+    model = spec.model if spec.folder is None else spec.folder
+    return [model] if install.form is Form.SERVE else [f"--model={model}"]
 
 
 def _endpoint(context: EngineContext, can: Capabilities) -> Endpoint:

@@ -73,7 +73,8 @@ def admit(gateway: Gateway, head: Head, target: ToModel | ToLaunch) -> Entry:
         if entry.launch is None:
             entry.hold_s, entry.shows_progress = targets.cold_start(entry.principal, head.first(b"x-cold-start"))
     # An entry by launch depends on more than head and key; the head of a form names a boundary that never comes again.
-    if entry.launch is None and entry.route.inference and not entry.route.multipart:
+    by_heart = entry.launch is None and entry.route.inference and not entry.route.multipart
+    if by_heart and (memory is not None or gateway.heads.comes_again(head)):
         permit = gateway.guard.remember(_head_for_guard(head), entry.principal)
         if permit is not None and memory is None:
             gateway.heads.remember(head, target, entry, permit)

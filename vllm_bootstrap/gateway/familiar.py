@@ -51,20 +51,37 @@ class FamiliarHeads:
         self._most_bytes = min(MOST_BYTES, limits.max_bytes)
         self._secret = secrets.token_bytes(32)
         self._known: dict[bytes, Memory] = {}
+        self._once: dict[bytes, None] = {}
 
     def read(self, raw: bytes) -> Head:
         """``parse_head``, or the same by heart. Raises ``ApiError``."""
         length = _LENGTH.search(raw)
         if length is None or len(raw) > self._most_bytes:
             return parse_head(raw, self._limits)
-        memory = self._known.get(self._name(raw, length))
+        name = self._name(raw, length)
+        memory = self._known.get(name)
         if memory is None:
-            return parse_head(raw, self._limits)
+            fresh = parse_head(raw, self._limits)
+            fresh.likeness = name
+            return fresh
         known = memory.head
         return Head(
             known.method, known.path, known.query, known.minor_version, known.headers, int(length[1]), False,
             known.keep_alive, False, None, raw, known._fields, memory,
         )  # fmt: skip
+
+    def comes_again(self, head: Head) -> bool:
+        """Whether a head that was read just now and is not known was seen before: only those are worth being
+        remembered, since many clients give each request a head of its own."""
+        name = head.likeness
+        if not name:
+            return False
+        if name in self._once:
+            return True
+        if len(self._once) >= MOST_HEADS:
+            del self._once[next(iter(self._once))]
+        self._once[name] = None
+        return False
 
     def remember(self, head: Head, target: ToModel | ToLaunch, entry: Any, permit: Pass) -> None:
         """A head was let in. Only requests with a body of known length are worth it: the others are rare."""

@@ -78,13 +78,14 @@ def place(
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A GPU and what speaks against it, None when it has room for one claim. ``unknown``: only that nothing is known
-    about it. ``claimed_milli``: what launches own of it."""
+    about it. ``claimed_milli``: what launches own of it; ``sleepers``: those that sleep will want it back."""
 
     reading: GpuReading
     condition: Condition
     refusal: str | None
     unknown: bool
     claimed_milli: int
+    sleepers: int = 0
 
 
 def refuse_unjudged(snapshot: Snapshot) -> None:
@@ -122,7 +123,7 @@ def _judged(reading: GpuReading, condition: Condition, ledger: Ledger, milli: in
     elif condition.state not in {GpuState.FREE, GpuState.CLAIMED} or condition.is_busy:
         refusal = f"{name} {condition.reason}"
         unknown = condition.state is GpuState.UNKNOWN
-    return Candidate(reading, condition, refusal, unknown, taken)
+    return Candidate(reading, condition, refusal, unknown, taken, len(ledger.parked_on(gpu.uuid)))
 
 
 def _refuse_unless_free(chosen: Sequence[Candidate]) -> None:
@@ -136,8 +137,12 @@ def _refuse_unless_free(chosen: Sequence[Candidate]) -> None:
 
 
 def _best(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
-    """The ``count`` GPUs to take: fullest first among those with room, so that whole ones stay whole; then by index."""
-    free = sorted((c for c in candidates if c.refusal is None), key=lambda c: (-c.claimed_milli, c.reading.gpu.index))
+    """The ``count`` GPUs to take: fullest first among those with room, so that whole ones stay whole; then those where
+    fewer sleep, so that they can wake; then by index."""
+    free = sorted(
+        (c for c in candidates if c.refusal is None),
+        key=lambda c: (-c.claimed_milli, c.sleepers, c.reading.gpu.index),
+    )
     if len(free) >= count:
         return sorted(free[:count], key=lambda c: c.reading.gpu.index)
     refused = [c for c in candidates if c.refusal is not None]

@@ -32,7 +32,9 @@ from vllm_bootstrap.launches.types import LaunchOrder
 log = logging.getLogger(__name__)
 
 # Fields of an order that did not exist from the beginning, with what stands for their absence.
-_LATER: Mapping[str, object] = {"replicas": 1, "aliases": (), "adapters": {}, "max_parallel": None, "sleep": 0}
+_LATER: Mapping[str, object] = {
+    "replicas": 1, "aliases": (), "adapters": {}, "max_parallel": None, "sleep": 0, "folder": None,
+}  # fmt: skip
 
 
 class Accepted(NamedTuple):

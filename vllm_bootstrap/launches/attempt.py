@@ -111,6 +111,8 @@ class Attempt:
         self._record = finished
         self.baseline = baseline or {}
         self.stopping = asyncio.Event()
+        # Clear while it is being born: a daemon that left then would have to begin it anew.
+        self.at_rest = asyncio.Event()
         self._force = False
         self._ticket: Ticket | None = None
         self._stopping: dict[str, asyncio.Task[None]] = {}
@@ -205,6 +207,7 @@ class Attempt:
             log.exception("launch %s attempt %d could not be started", self.launch_id, self.number)
             self._give_up(FailureClass.SPAWN_FAILED, f"{type(exc).__name__}: {exc}")
         finally:
+            self.at_rest.set()
             self._leave_gate()
         await self._release(record)
 
@@ -218,10 +221,14 @@ class Attempt:
             self._ticket = self.deps.gate.enter(self.launch_id, [gpu.uuid for gpu in self.placement.gpus])
             # An adopted start is in the middle of it: it takes its place in line but cannot wait any more.
             if not self._adopted:
+                if not self._ticket.entered.done():
+                    self.at_rest.set()
                 await self._unless_stopped(self._ticket.entered)
+                self.at_rest.clear()
         self.progress.started_at = self.progress.moved_at = time.monotonic()
         if not self._adopted:
             await self._start()
+        self.at_rest.set()
         watchers = [asyncio.create_task(self._watch_or_give_up()), asyncio.create_task(self._follow_start())]
         try:
             return await self._until_dead()

@@ -33,6 +33,7 @@ from vllm_bootstrap.serving import Advert
 
 log = logging.getLogger(__name__)
 WRITING_PATIENCE_S = 3.0
+BIRTH_PATIENCE_S = 3.0
 
 # Named here because the class has a method called list.
 Events = list[EventView]
@@ -357,8 +358,16 @@ class Supervisor:
         return [owner.stop_outcome() for owner in owners]
 
     async def leave(self) -> None:
-        """Let go of everything without harming a launch; the next daemon finds them again."""
+        """Let go of everything without harming a launch; the next daemon finds them again. What is being started this
+        very moment is given some seconds, so that it need not be begun anew."""
         self._acceptor.refuse()
+        births = [
+            asyncio.ensure_future(owner.attempt.at_rest.wait()) for owner in self._owners.values() if owner.attempt
+        ]
+        if births:
+            await asyncio.wait(births, timeout=BIRTH_PATIENCE_S)
+            for birth in births:
+                birth.cancel()
         for owner in self._owners.values():
             if owner.attempt is not None:
                 owner.attempt.detach()

@@ -75,7 +75,8 @@ class LaunchOrder:
     """A launch request after the API has parsed it: plain values, nothing decided yet.
 
     ``fields`` are the typed engine fields that were given. ``gpu_ids`` are indices or UUIDs. ``replicas`` other than 1
-    asks for a group. ``aliases``, ``adapters``, ``max_parallel`` and ``sleep``: see ``engines.base.LaunchSpec``.
+    asks for a group. ``aliases``, ``adapters``, ``max_parallel``, ``sleep`` and ``folder``: see
+    ``engines.base.LaunchSpec``.
     """
 
     model: str
@@ -98,6 +99,7 @@ class LaunchOrder:
     adapters: Mapping[str, str] = field(default_factory=dict)
     max_parallel: int | None = None
     sleep: int = 0
+    folder: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

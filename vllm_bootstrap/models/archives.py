@@ -155,6 +155,8 @@ def _zipped(file: IO[bytes]) -> Iterator[_Entry]:
         if len(entries) > MAX_ENTRIES:
             raise NotAnAdapter(f"The archive has more than {MAX_ENTRIES} entries.")
         for info in entries:
+            if not info.filename:
+                raise NotAnAdapter("The archive has an entry without a name.")
             parts = place(info.filename)
             kind = stat.S_IFMT(info.external_attr >> 16)
             if info.is_dir():

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from vllm_bootstrap.errors import BadRequest, Conflict, NotFound
 from vllm_bootstrap.launches.types import LaunchOrder
-from vllm_bootstrap.models import orders
+from vllm_bootstrap.models import names, orders
 from vllm_bootstrap.models.assembly import Assembled, assemble
 from vllm_bootstrap.models.catalogue_file import Identity, identity_of, read
 from vllm_bootstrap.models.entries import EntryStore
 from vllm_bootstrap.models.parsing import CatalogueError, Check, clashes, parse, parse_entry
-from vllm_bootstrap.models.types import AdapterEntry, Catalogue, Group, ModelEntry, Rewrite
+from vllm_bootstrap.models.types import AdapterEntry, Catalogue, Fetched, Group, ModelEntry, Rewrite
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}(?:/[A-Za-z0-9_][A-Za
 
 class CatalogueBook:
     """``path`` None: no file. ``required``: the file was asked for and must be there; otherwise it may appear later.
-    ``setting`` is the model of one-model mode. ``adapters`` tells those uploaded for a model, ``resolved`` the commit
-    of what was downloaded for it.
+    ``setting`` is the model of one-model mode. ``adapters`` tells those uploaded for a model, ``resolved`` what was
+    downloaded for it.
 
     The constructor reads the file (blocking) and raises ``CatalogueError`` naming it. All else belongs to the event
     loop; ``find`` and ``rewrite_of`` are one look into a dictionary each.
@@ -49,7 +49,7 @@ class CatalogueBook:
         required: bool = False,
         setting: ModelEntry | None = None,
         adapters: Callable[[str], Sequence[AdapterEntry]] = lambda _name: (),
-        resolved: Callable[[ModelEntry], str | None] = lambda _entry: None,
+        resolved: Callable[[ModelEntry], Fetched | None] = lambda _entry: None,
         look_every_s: float = LOOK_EVERY_S,
     ) -> None:
         self._path, self._store, self._check, self._required = path, store, check, required
@@ -96,7 +96,7 @@ class CatalogueBook:
 
     def adhoc(self, name: str) -> ModelEntry | None:
         """The model that a request's name stands for where any model may be asked for, None where it can be none."""
-        if not _REPOSITORY.fullmatch(name):
+        if not _REPOSITORY.fullmatch(name) or names.problem(name) is not None:
             return None
         entry = ModelEntry(name, name, origin="request")
         try:
@@ -121,8 +121,7 @@ class CatalogueBook:
         self, entry: ModelEntry, *, gpu_count: int | None = None, gpu_ids: Sequence[int | str] | None = None
     ) -> LaunchOrder:
         """The launch that serves ``entry``. ``gpu_count`` and ``gpu_ids`` were chosen where it leaves them open."""
-        commit = self._resolved(entry)
-        return orders.order_of(entry, gpu_count=gpu_count, gpu_ids=gpu_ids, commit=commit)
+        return orders.order_of(entry, gpu_count=gpu_count, gpu_ids=gpu_ids, fetched=self._resolved(entry))
 
     def fingerprint(self, entry: ModelEntry) -> str:
         """What launches made for the entry carry as their label: another one was made before the entry was changed."""
@@ -206,9 +205,12 @@ class CatalogueBook:
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _judge(self, setting: ModelEntry | None) -> None:
+        if setting is None:
+            return
+        if (wrong := names.problem(setting.name)) is not None:
+            raise CatalogueError([("MODEL_ID", f"the name {setting.name!r} {wrong}")])
         try:
-            if setting is not None:
-                self._check(setting)
+            self._check(setting)
         except BadRequest as exc:
             raise CatalogueError([("MODEL_ID", f"this model cannot be served: {exc.message}")]) from None
 

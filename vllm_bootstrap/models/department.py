@@ -9,6 +9,8 @@ HTTP.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ from vllm_bootstrap.models.weights import Weights, WeightsConfig
 from vllm_bootstrap.scheduler import refusals
 from vllm_bootstrap.scheduler.ports import NoProspects, Prospects
 from vllm_bootstrap.serving import Advert, RequestClass
+
+log = logging.getLogger(__name__)
 
 
 class LateProspects:
@@ -96,6 +100,7 @@ class ModelDepartment:
         self._config, self._fitter, self._tally = config, fitter, tally
         self.prospects = LateProspects()
         self._launches: Launches | None = None
+        self._warming: set[asyncio.Task[None]] = set()
         self.weights = Weights(db, config.weights, needed=self._needs, on_bytes=on_bytes)
         self.adapters = Adapters(
             db,
@@ -128,6 +133,7 @@ class ModelDepartment:
             tally=self._tally,
             tick=time.monotonic,
             clock=time.time,
+            warm=self._warm,
         )
         self.keeper = Keeper(self._config.keeper, deps)
         self.outlook = Outlook(self._config.keeper, deps, self.keeper)
@@ -148,9 +154,24 @@ class ModelDepartment:
     async def close(self) -> None:
         """Begin nothing more, end helpers. Engines stay as they are. Idempotent."""
         await self.keeper.close()
+        for task in list(self._warming):
+            task.cancel()
+        await asyncio.gather(*self._warming, return_exceptions=True)
         await self.book.close()
         await self.weights.close()
         self.adapters.close()
+
+    def _warm(self, entry: ModelEntry) -> None:
+        """Read its files ahead while others still have its GPUs, where they are here and memory holds them."""
+        task = asyncio.create_task(self._prefetch(entry), name=f"warm {entry.name}")
+        self._warming.add(task)
+        task.add_done_callback(self._warming.discard)
+
+    async def _prefetch(self, entry: ModelEntry) -> None:
+        try:
+            await self.weights.prefetch(entry)
+        except ApiError as error:  # not downloaded yet, mostly: the load does that, or says what is wrong
+            log.debug("%s is not read ahead: %s", entry.name, error.message)
 
     # For the data plane, all of it from memory
 

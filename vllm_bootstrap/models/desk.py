@@ -10,12 +10,12 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from vllm_bootstrap.errors import BadRequest, Conflict, ModelNotFound, NotFound
+from vllm_bootstrap.errors import BadRequest, Conflict, ModelLoading, ModelNotFound, NotFound
 from vllm_bootstrap.models.adapters import Adapters
 from vllm_bootstrap.models.book import CatalogueBook
 from vllm_bootstrap.models.fitting import Fitter
 from vllm_bootstrap.models.keeper import Keeper
-from vllm_bootstrap.models.record import Record, refusal
+from vllm_bootstrap.models.record import NOTHING, Record, Seen, refusal
 from vllm_bootstrap.models.showing import view_of
 from vllm_bootstrap.models.types import (
     AdapterView,
@@ -63,7 +63,7 @@ class Desk:
         seen, demand = self._keeper.look(), self._queues.demand()
         names = set(self._book.entries()) | set(seen)
         known = [self._keeper.records[name] for name in sorted(names) if name in self._keeper.records]
-        return [self._view(record, demand) for record in known]
+        return [self._view(record, demand, seen) for record in known]
 
     def get(self, name: str) -> ModelView:
         return self._view(self._record(name), self._queues.demand())
@@ -92,10 +92,19 @@ class Desk:
                 error = refusal(record, self._tick())
                 if error is not None:
                     raise error
+                self._refuse_unwanted(name, record)
                 await changes
             finally:
                 changes.cancel()
         return self.get(name)
+
+    def _refuse_unwanted(self, name: str, record: Record) -> None:
+        """Raise where a load that somebody awaits will not come any more."""
+        if self._record(name) is not record or record.down:
+            raise Conflict(f"{name!r} was unloaded or changed before it was loaded.", param="model")
+        if record.asks("realtime", self._tick()) is None:
+            why = f": {record.obstacle}" if record.obstacle is not None else ""
+            raise ModelLoading(f"{name!r} could not be loaded for so long that it is given up{why}.")
 
     async def unload(self, name: str, *, force: bool) -> ModelView:
         record = self._record(name)
@@ -176,7 +185,10 @@ class Desk:
             raise ModelNotFound(f"There is no model {name!r} in the catalogue.", param="model")
         return record
 
-    def _view(self, record: Record, demand: Mapping[str, Demand]) -> ModelView:
-        seen = self._keeper.seen(record.entry.name)
+    def _view(
+        self, record: Record, demand: Mapping[str, Demand], looked: Mapping[str, Seen] | None = None
+    ) -> ModelView:
+        """``looked``: what is seen of all models, where that is known already."""
+        seen = (self._keeper.look() if looked is None else looked).get(record.entry.name, NOTHING)
         loads = {view.launch_id: self._queues.load(view.launch_id) for view in seen.launches}
         return view_of(record, seen, demand, loads, self._tick())

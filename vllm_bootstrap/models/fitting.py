@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 JUDGED_KINDS = {"cuda", "mock"}
 WHOLE_MILLI = 1000
+IN_THE_WAY_RETRY_S = 10
+"""Where only what others use just now is in the way."""
 READING_PATIENCE_S = 5.0
 REMEMBERED = 64
 # Arguments beside the typed ones that change what is needed in ways that are not reckoned with here.
@@ -94,7 +96,8 @@ class Fitter:
         return self._smallest(orders.order_of(entry), known, snapshot)
 
     async def refuse(self, spec: LaunchSpec, placement: Placement) -> None:
-        """Raise ``DoesNotFit`` for a launch that needs more than it may use of its GPUs, or than is free there."""
+        """Raise ``DoesNotFit`` for a launch that needs more than it may use of its GPUs, or than is free there (then
+        it says when to try again)."""
         if not self._refusing or placement.kind not in JUDGED_KINDS or not placement.gpus:
             return
         try:
@@ -107,7 +110,13 @@ class Fitter:
         room = Room(min(gpu.total_bytes for gpu in placement.gpus), _free(snapshot, placement.gpus))
         found = _report(spec, placement, known, room, len(snapshot.gpus))
         if found.fits is False:
-            raise DoesNotFit(_message(spec.model, found), param=_param(found), details=_details(found))
+            alone = _report(spec, placement, known, Room(room.total_bytes), len(snapshot.gpus))
+            raise DoesNotFit(
+                _message(spec.model, found),
+                param=_param(found),
+                details=_details(found),
+                retry_after=None if alone.fits is False else IN_THE_WAY_RETRY_S,
+            )
         log.debug("fit of %s: %s", spec.model, found.why)
 
     # -- inside -------------------------------------------------------------------------------------------------

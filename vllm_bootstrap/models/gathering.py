@@ -5,7 +5,8 @@ Invariant: what is said of one moment was seen in one turn of the event loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from vllm_bootstrap.gpus.ledger import Ledger
@@ -36,6 +37,7 @@ class Gathering:
         self._deps = deps
         self.seen: dict[str, Seen] = {}
         self._others: frozenset[str] = frozenset()
+        self._had_lines: frozenset[str] = frozenset()
 
     def look(self) -> Mapping[str, Seen]:
         """All models that have launches."""
@@ -56,21 +58,21 @@ class Gathering:
         retired = any(queues.is_retired(view.launch_id) for view in launches)
         return Seen(tuple(launches), state_of(launches), running["realtime"], running["batch"], retired, ends)
 
-    def facts(self, records: Mapping[str, Record], config: KeeperConfig, *, on_demand: bool) -> list[Facts]:
+    def facts(
+        self, records: Mapping[str, Record], stirring: Collection[str], config: KeeperConfig, *, on_demand: bool
+    ) -> list[Facts]:
         """One for each record that a plan can have to do with, as of the last look: most models of a long catalogue
-        are not loaded and nobody wants them."""
+        are not loaded and nobody wants them. ``stirring``: those of which something other than launches, queues and
+        lines may say that they are wanted."""
         demand = self._by_model(self._deps.queues.demand(), records) if on_demand else {}
         lines = self._lines(records) if on_demand else {}
-        seen, now = self.seen, self._deps.tick()
-        found: list[Facts] = []
-        for name, record in records.items():
-            if name in seen or name in demand or name in lines or not record.rests(now):
-                found.append(
-                    self._fact(name, record, seen.get(name, NOTHING), demand.get(name), lines.get(name, 0), config)
-                )
-            elif record.batch_lines:
-                record.batch_lines, record.batch_since = 0, None
-        return found
+        concerned = {*self.seen, *demand, *lines, *self._had_lines, *stirring}
+        self._had_lines = frozenset(lines)
+        return [
+            self._fact(name, records[name], self.seen.get(name, NOTHING), demand.get(name), lines.get(name, 0), config)
+            for name in sorted(concerned)
+            if name in records
+        ]
 
     def _by_model(self, demand: Mapping[str, Demand], records: Mapping[str, Record]) -> dict[str, list[Demand]]:
         found: dict[str, list[Demand]] = {}
@@ -99,9 +101,9 @@ class Gathering:
     ) -> Facts:
         now, entry = self._deps.tick(), record.entry
         realtime, batch = self._waiting(record, demand or [], lines, now)
-        loaded_s = self._loaded_s(seen)
+        loaded_s = now - record.since
         idle_s = min([loaded_s, *(now - at for at in seen.last_ends.values())])
-        quiet_s = min(loaded_s, now - seen.last_ends["realtime"]) if "realtime" in seen.last_ends else loaded_s
+        quiet_s = now - seen.last_ends["realtime"] if "realtime" in seen.last_ends else math.inf
         record.batch_lines = lines
         return Facts(
             name=name,
@@ -117,6 +119,7 @@ class Gathering:
             quiet_s=quiet_s,
             loaded_s=loaded_s,
             reload_s=record.load_est_s or UNKNOWN_LOAD_S,
+            load_s=record.load_est_s or 0.0,
             ttl_s=config.ttl_s if entry.ttl_s is None else entry.ttl_s,
             asleep_ttl_s=config.asleep_ttl_s,
             priority=entry.priority,
@@ -143,14 +146,6 @@ class Gathering:
     def _asking(self, record: Record, cls: RequestClass, now: float) -> _Waiting:
         asked = record.asks(cls, now)
         return _Waiting() if asked is None else _Waiting(1, now - asked.since)
-
-    def _loaded_s(self, seen: Seen) -> float:
-        ready = [view.transitions.get("ready") for view in seen.launches if view.state == "ready"]
-        since = max((at for at in ready if at is not None), default=None)
-        if since is None:
-            asleep = [view.transitions.get("asleep") for view in seen.launches]
-            since = max((at for at in asleep if at is not None), default=self._deps.clock())
-        return max(0.0, self._deps.clock() - since)
 
     def _can_sleep(self, record: Record, seen: Seen) -> bool:
         if not record.entry.sleep or seen.state != "loaded":

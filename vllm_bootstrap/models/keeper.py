@@ -18,7 +18,7 @@ import math
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
-from vllm_bootstrap.errors import ApiError, NotFound
+from vllm_bootstrap.errors import ApiError, BadRequest, NotFound
 from vllm_bootstrap.models import planning
 from vllm_bootstrap.models.gathering import Gathering, needs_of
 from vllm_bootstrap.models.operations import Operations
@@ -36,7 +36,10 @@ log = logging.getLogger(__name__)
 BUSY_TICK_S, IDLE_TICK_S = 0.1, 1.0
 """Between two looks without news: while somebody waits for room, and otherwise."""
 DRAIN_LOOK_S = 0.05
+ACCEPTING_PATIENCE_S = 5.0
 OPERATOR_ASKS_S = 3600.0
+FAULT_RETRY_S = 5.0
+"""Until a load is tried again that failed by a mistake of this program."""
 MOST_ADHOC = 256
 """Names that only requests have made up: so many are remembered without being loaded."""
 
@@ -50,6 +53,8 @@ class Keeper:
         self._outcomes = Outcomes(config, deps)
         self._work = Operations(deps, self._outcomes)
         self.records: dict[str, Record] = {}
+        self._had_launches: frozenset[str] = frozenset()
+        self._stirring: set[str] = set()  # so that a look need not go through all of a long catalogue
         self._kicked = asyncio.Event()
         self._changed, self._hurry = asyncio.Event(), asyncio.Event()
         self._operations: dict[str, asyncio.Task[None]] = {}
@@ -65,6 +70,12 @@ class Keeper:
     async def close(self) -> None:
         """Begin nothing more; what is under way is left to the launches. Idempotent."""
         self._closed = True
+        if self._running is not None:
+            self._running.cancel()
+        # A launch that is being accepted is on disk in a moment; cut off there, it would have nobody to own it.
+        accepting = [task for name, task in self._operations.items() if self.records[name].doing == "loading"]
+        if accepting:
+            await asyncio.wait(accepting, timeout=ACCEPTING_PATIENCE_S)
         tasks = [*self._operations.values(), *([self._running] if self._running is not None else [])]
         for task in tasks:
             task.cancel()
@@ -92,6 +103,7 @@ class Keeper:
                 record.retry_at, record.failures, record.trouble = None, 0, None
                 record.gpu_count, record.estimated = None, False
             record.entry, record.fingerprint = entry, print_
+        self._stirring.update(name for name, entry in entries.items() if entry.preload)
         self._deps.queues.prospects_changed()
         self.kick()
 
@@ -119,14 +131,19 @@ class Keeper:
         return record
 
     def _forget_adhoc(self) -> None:
-        """Names that requests have made up are not kept for ever."""
+        """Names that requests have made up are not kept for ever, unless somebody wants them."""
         idle = [
             name
             for name, record in self.records.items()
             if record.entry.origin == "request" and not record.launches and name not in self._operations
         ]
-        for name in idle[: max(0, len(idle) - MOST_ADHOC)]:
-            del self.records[name]
+        if len(idle) <= MOST_ADHOC:
+            return
+        now, demand = self._deps.tick(), self._deps.queues.demand()
+        for name in idle[: len(idle) - MOST_ADHOC]:
+            record = self.records[name]
+            if not record.stirs(now) and not record.batch_lines and name not in demand:
+                del self.records[name]
 
     def look(self) -> Mapping[str, Seen]:
         """The launches of all models that have any, now."""
@@ -141,6 +158,7 @@ class Keeper:
         record = self.record_of(name)
         if record is not None:
             record.ask(cls, self._deps.tick(), lasting_s)
+            self._stirring.add(record.entry.name)
             self.kick()
 
     async def load(self, name: str) -> None:
@@ -162,6 +180,8 @@ class Keeper:
             task = self._operations.get(own)
             if task is not None:
                 await asyncio.wait({task})
+                if not task.cancelled() and (cause := task.exception()) is not None:
+                    raise cause
             elif (seen := self.seen(own)).launches:
                 self._begin(record, "unloading", self._drain(record, seen))
             else:
@@ -204,8 +224,8 @@ class Keeper:
         wanted = [fact for fact in facts if fact.wanted is not None]
         room: planning.Room = _NoRoom()
         if wanted:
-            for fact in wanted:
-                await self._learn(self.records[fact.name])
+            for record in [self.records[fact.name] for fact in wanted]:  # names may be forgotten meanwhile
+                await self._learn(record)
             snapshot = await self._deps.devices.snapshot()
             own_pids = await self._deps.launches.own_pids(snapshot)
             facts = self._facts()  # what was seen before has changed meanwhile; from here on nothing waits
@@ -220,6 +240,8 @@ class Keeper:
             record = self.records[fact.name]
             if fact.wanted is not None:
                 record.obstacle = plan.waits.get(fact.name)
+                self._warm(record)
+                self._refuse_what_can_never_be(record, room)
         for action in plan.actions:
             self._act(action, room)
         self._tell_changes()
@@ -229,11 +251,15 @@ class Keeper:
     def _facts(self) -> list[Facts]:
         seen = self._gathering.look()
         self._adopt(seen)
-        for name, record in self.records.items():
-            found = seen.get(name, NOTHING)
-            if (found is not NOTHING or record.was_seen) and self._outcomes.note(record, found):
+        for name in {*seen, *self._had_launches}:
+            record = self.records.get(name)
+            if record is not None and self._outcomes.note(record, seen.get(name, NOTHING)):
                 self._tell_changes()
-        return self._gathering.facts(self.records, self._config, on_demand=self._config.on_demand != "off")
+        self._had_launches = frozenset(seen)
+        now, records = self._deps.tick(), self.records
+        self._stirring = {name for name in self._stirring if name in records and records[name].stirs(now)}
+        on_demand = self._config.on_demand != "off"
+        return self._gathering.facts(records, self._stirring, self._config, on_demand=on_demand)
 
     def _adopt(self, seen: Mapping[str, Seen]) -> None:
         """Launches of models that are not known (any more) are kept in the books until they are gone."""
@@ -243,17 +269,40 @@ class Keeper:
                 origin: Origin = "request" if self._config.on_demand == "any" else "runtime"
                 entry = ModelEntry(name, view.model, origin=origin, engine=view.engine)
                 self.records[name] = Record(entry, view.labels.get(ORDER_LABEL, ""))
-        known = self._deps.book.entries()
-        for name, record in list(self.records.items()):
-            if name in known or record.entry.origin == "request":
+        for name in self.records.keys() - self._deps.book.entries().keys():
+            record = self.records[name]
+            if record.entry.origin == "request":
                 continue
             if name in seen or name in self._operations:  # it is not in the catalogue any more: outdated
                 record.fingerprint, record.retry_at = "", math.inf
             else:
                 del self.records[name]
 
+    def _refuse_what_can_never_be(self, record: Record, room: planning.Room) -> None:
+        """A wish that this machine could not meet were it empty is not worth waiting for."""
+        if record.obstacle is not None and isinstance(room, Rooms):
+            error = room.refusal(record.entry.name)
+            if isinstance(error, BadRequest):
+                self._outcomes.refused(record, error)
+
+    def _warm(self, record: Record) -> None:
+        """While it waits for room, what it will be loaded from can be read already. Once for each wait."""
+        if record.obstacle is not None and record.state == "unloaded" and not record.warmed:
+            record.warmed = True
+            self._deps.warm(record.entry)
+
     async def _learn(self, record: Record) -> None:
-        """What must be known of a model before it is placed."""
+        """What must be known of a model before it is placed. One that cannot be launched as it is must not keep the
+        others from it: it is refused."""
+        try:
+            await self._look_up(record)
+        except ApiError as error:
+            self._outcomes.refused(record, error)
+
+    async def _look_up(self, record: Record) -> None:
+        for launch_id in record.launches if record.state == "asleep" and record.wake_est_s is None else ():
+            with contextlib.suppress(NotFound):  # gone meanwhile
+                record.wake_est_s = await self._deps.launches.estimate_wake(launch_id)
         if not record.estimated:
             record.estimated = True
             record.load_est_s = await self._deps.estimate(record.entry) or record.load_est_s
@@ -298,6 +347,7 @@ class Keeper:
     def _begin(self, record: Record, doing: Doing, work: Coroutine[Any, Any, None]) -> None:
         name = record.entry.name
         record.doing = doing
+        self._stirring.add(name)
         task = asyncio.create_task(work, name=f"{doing} {name}")
         self._operations[name] = task
         task.add_done_callback(lambda done: self._over(name, record, done))
@@ -307,6 +357,7 @@ class Keeper:
         self._operations.pop(name, None)
         if not task.cancelled() and (cause := task.exception()) is not None:
             log.error("%s failed", task.get_name(), exc_info=cause)
+            record.retry_at = self._deps.tick() + FAULT_RETRY_S
         self._tell_changes()
         self.kick()
 
@@ -316,6 +367,8 @@ class _NoRoom:
 
     def fits(self, name: str, gone: frozenset[str], coming: tuple[str, ...]) -> bool:  # noqa: ARG002
         return False
+
+    fits_elsewhere = fits
 
 
 def _chosen(room: planning.Room, name: str) -> tuple[str, ...] | None:

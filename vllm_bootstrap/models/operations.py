@@ -28,7 +28,8 @@ class Operations:
         self._deps, self._outcomes = deps, outcomes
 
     async def load(self, record: Record, gpu_ids: tuple[str, ...] | None) -> None:
-        """Returns when the launch is accepted, or refused."""
+        """Returns when the launch is accepted, or refused. On how few GPUs it fits is asked anew for the next one: its
+        files may be there by then."""
         entry, deps = record.entry, self._deps
         record.began_at, record.obstacle = deps.tick(), None
         try:
@@ -39,6 +40,8 @@ class Operations:
                 await deps.launches.launch_group(order, OWNER)
         except ApiError as error:
             self._outcomes.refused(record, error)
+        finally:
+            record.gpu_count = None
 
     async def sleep(self, record: Record, seen: Seen, why: str) -> None:
         """Returns when it sleeps, or has ended because it could not."""
@@ -70,6 +73,7 @@ class Operations:
     async def stop(self, record: Record, seen: Seen, why: str, *, force: bool = False) -> None:
         """Returns when its processes are dead and its GPUs are free (or given up)."""
         ids = _to_stop(seen)
+        record.stopped = frozenset(view.launch_id for view in seen.launches)
         await asyncio.gather(*(self._deps.launches.stop(launch_id, force=force) for launch_id in ids))
         self._deps.tally.put_away(record.entry.name, "stop", why)
         log.info("%s is unloaded (%s)", record.entry.name, why)

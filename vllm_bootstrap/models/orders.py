@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from vllm_bootstrap.launches.types import LaunchOrder
-from vllm_bootstrap.models.types import ModelEntry
+from vllm_bootstrap.models.types import Fetched, ModelEntry
 
 OWN_LABELS = "vllm-bootstrap."
 MODEL_LABEL = OWN_LABELS + "model"
@@ -26,18 +26,19 @@ def order_of(
     *,
     gpu_count: int | None = None,
     gpu_ids: Sequence[int | str] | None = None,
-    commit: str | None = None,
+    fetched: Fetched | None = None,
 ) -> LaunchOrder:
     """The launch that serves ``entry``. ``gpu_count`` and ``gpu_ids`` are chosen by the caller where the entry leaves
-    them open; ``commit`` is the one that was downloaded, for an entry that names none."""
+    them open; ``fetched`` is what was downloaded of its source."""
     order = _plain(entry)
-    fields = order.fields if commit is None else {**order.fields, "revision": commit}
+    fields = order.fields if fetched is None else {**order.fields, "revision": fetched.commit}
     return replace(
         order,
         gpu_count=order.gpu_count if gpu_count is None else gpu_count,
         gpu_ids=order.gpu_ids if gpu_ids is None else tuple(gpu_ids),
         fields=fields,
         labels={MODEL_LABEL: entry.name, ORDER_LABEL: fingerprint(entry)},
+        folder=None if fetched is None else fetched.folder,
     )
 
 

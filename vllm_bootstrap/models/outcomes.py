@@ -31,6 +31,8 @@ class Outcomes:
         """Take in what is seen of a model now. Whether that is news to readers."""
         now = self._deps.tick()
         before, record.state = record.state, seen.state
+        if before != seen.state:
+            record.since = now
         gone = record.launches - {view.launch_id for view in seen.launches}
         record.launches = frozenset(view.launch_id for view in seen.launches)
         if seen.state == "loaded":
@@ -38,7 +40,8 @@ class Outcomes:
                 self._loaded(record, now)
             if seen.in_flight or any(at >= record.ready_at for at in seen.last_ends.values()):
                 record.asked.clear()  # whoever was told to come back has had the time to
-        elif seen.state == "loading" and record.began_at is None:
+            return before != seen.state  # where one engine serves, the end of another is its launch's to tell
+        if seen.state == "loading" and record.began_at is None:
             record.began_at = now
         for view in seen.launches:
             if view.failure is not None and view.next_attempt_at is not None:
@@ -52,13 +55,15 @@ class Outcomes:
             record.load_est_s = now - record.began_at
             self._deps.tally.loaded(record.entry.name, "start", record.load_est_s)
         record.began_at = record.trouble = record.retry_at = record.obstacle = None
-        record.failures, record.down, record.ready_at = 0, False, now
+        record.failures, record.down, record.warmed, record.ready_at = 0, False, False, now
         record.loaded_for_whom(now)
 
     def _ended(self, record: Record, launch_id: str) -> None:
         record.began_at = None
         with contextlib.suppress(NotFound):
             view = self._deps.launches.get(launch_id)
+            if view.state == "stopped" and launch_id not in record.stopped:
+                record.down = True  # by an operator, who does not want to see it come back by itself
             if view.state == "failed" and view.failure is not None:
                 record.failures += 1
                 wait = min(self._config.backoff_max_s, self._config.backoff_s * 2 ** (record.failures - 1))
@@ -78,7 +83,7 @@ class Outcomes:
     def refused(self, record: Record, error: ApiError) -> None:
         """A launch was not accepted: for good, or for something that passes."""
         record.began_at = None
-        if isinstance(error, BadRequest):
+        if isinstance(error, BadRequest) and error.retry_after is None:
             hint = "Correct its entry in the catalogue."
             trouble = ModelTrouble(error.code, error.message, hint, self._deps.clock(), None)
             self._trouble(record, trouble, math.inf)

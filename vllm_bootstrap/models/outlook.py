@@ -51,7 +51,12 @@ class Outlook:
 
     def waits_for(self, name: str) -> str | None:
         record = self._keeper.record_of(name)
-        return None if record is None or record.doing == "loading" else record.obstacle
+        if record is None or record.doing == "loading":
+            return None
+        if record.state == "loaded" and record.doing is None:
+            seen = self._keeper.seen(record.entry.name)
+            return "it makes room for another model" if seen.retired else "its engine does not respond at present"
+        return record.obstacle
 
     # For streams that show how far a load is
 

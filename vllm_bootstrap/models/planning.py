@@ -14,16 +14,19 @@ before batch before preloading, higher ``priority`` first, then who has waited l
 1. there is room, also once those before it have theirs     -> Load or Wake
 2. there will be, once what is on its way out has gone      -> it waits, and nobody behind it takes that room
 3. putting others away would make room                      -> they are: PutAway when nothing runs there, else Retire
-4. otherwise                                                -> it waits; ``Plan.waits`` says for what
+4. it sleeps, and there is room where it did not run        -> PutAway: it is unloaded, then loaded there
+5. otherwise                                                -> it waits; ``Plan.waits`` says for what
 
 Who may be put away for whom:
 
 a. pinned, changing or just loaded                          -> never
 b. already retired                                          -> yes: it was decided
 c. for preloading                                           -> nobody
-d. for realtime: without realtime in flight or waiting      -> yes (batch ends at a line's boundary)
+d. for realtime: without realtime in flight or waiting      -> yes (batch ends at a line's boundary); but one that was
+                                                               used in the last ``pause_s`` counts as busy until it
+                                                               was there for as long as its load took
 e. for realtime: busy with realtime                         -> when it has lower priority, or the other has waited
-                                                               ``max_wait_s``
+                                                               ``max_wait_s`` and as long as its own load will take
 f. for batch: used by realtime in the last ``quiet_s``      -> never
 g. for batch: with batch work of its own                    -> after ``batch_turn_s``, unless its priority is higher
 h. for batch: otherwise                                     -> yes
@@ -53,9 +56,11 @@ How = Literal["sleep", "unload"]
 class Facts:
     """One model now. ``realtime`` and ``batch`` count who waits for it (requests, lines, somebody who was told to come
     back); ``waits_s``, ``batch_waits_s``: the longest of them so far. ``running`` and ``running_batch`` count requests
-    in flight. ``idle_s``: since anything was done for anybody, ``quiet_s``: for realtime; both since it was loaded
-    where nothing was. ``reload_s``: what loading it again will take. ``ttl_s`` and ``asleep_ttl_s`` 0: for ever.
-    ``may_load`` False: its last load failed and the next one is not due, or nobody may load it."""
+    in flight. ``idle_s``: since anything was done for anybody, or since it was loaded; ``quiet_s``: since anything was
+    done for realtime, for ever where nothing was. ``reload_s``: what loading it again will probably
+    take, ``load_s`` where that is known from earlier loads, else 0. ``ttl_s`` and
+    ``asleep_ttl_s`` 0: for ever. ``may_load`` False: its last load failed and the next one is not due, or nobody may
+    load it."""
 
     name: str
     state: State
@@ -70,6 +75,7 @@ class Facts:
     quiet_s: float = 0.0
     loaded_s: float = 0.0
     reload_s: float = 0.0
+    load_s: float = 0.0
     ttl_s: float = 0.0
     asleep_ttl_s: float = 0.0
     priority: int = 0
@@ -95,10 +101,11 @@ class Facts:
 class Policy:
     """Seconds. See the module."""
 
-    min_loaded_s: float = 10.0
+    min_loaded_s: float = 2.0
     max_wait_s: float = 15.0
     batch_turn_s: float = 600.0
     quiet_s: float = 30.0
+    pause_s: float = 10.0
 
 
 class Room(Protocol):
@@ -106,6 +113,9 @@ class Room(Protocol):
     theirs before, in this order."""
 
     def fits(self, name: str, gone: frozenset[str], coming: tuple[str, ...]) -> bool: ...
+
+    def fits_elsewhere(self, name: str, gone: frozenset[str], coming: tuple[str, ...]) -> bool:
+        """For one that sleeps: if it need not wake where it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +188,7 @@ class _Planner:
 
     def _put_away_by_themselves(self) -> None:
         for model in self._models.values():
-            if model.in_flight or model.state not in ("loaded", "asleep"):
+            if model.in_flight or model.state not in ("loading", "loaded", "asleep"):
                 continue
             nobody = not (model.realtime or model.batch or model.pin)
             if model.outdated:
@@ -204,8 +214,11 @@ class _Planner:
             self._waits[name] = f"{_listed(self._leaving)} makes room for it"
         else:
             victims = self._victims(wanted, rivals)
-            if victims is None:  # 4
-                self._waits[name] = self._obstacle()
+            if victims is None:
+                self._waits[name] = self._obstacle()  # 5
+                coming = tuple(self._coming)
+                if wanted.state == "asleep" and not rivals and self._room.fits_elsewhere(name, frozenset(), coming):
+                    self._put_away(wanted, "unload", "room")  # 4
                 return
             for victim in victims:  # 3
                 self._end(victim, name)
@@ -259,9 +272,10 @@ class _Planner:
             return False
         busy = bool(model.realtime or model.running)
         if wanted.wanted == 0:
-            if not busy:  # d
+            pauses = model.quiet_s < policy.pause_s and model.loaded_s < model.load_s
+            if not busy and not pauses:  # d
                 return True
-            return model.priority < wanted.priority or wanted.waits_s >= policy.max_wait_s  # e
+            return model.priority < wanted.priority or wanted.waits_s >= max(policy.max_wait_s, wanted.load_s)  # e
         if busy or model.quiet_s < policy.quiet_s:  # f
             return False
         if model.batch or model.running_batch:  # g

@@ -37,6 +37,9 @@ class Launches(Protocol):
     async def wake(self, launch_id: str) -> object:
         """Returns when it answers. Raises ``GpuConflict`` when its GPUs are somebody else's by now."""
 
+    async def estimate_wake(self, launch_id: str) -> float | None:
+        """Seconds a wake takes, None when there was none of the kind."""
+
     async def own_pids(self, snapshot: Snapshot) -> frozenset[int] | None: ...
 
 
@@ -119,7 +122,8 @@ class KeeperConfig:
 @dataclass(frozen=True, slots=True)
 class KeeperDeps:
     """``smallest(entry)``: on how few GPUs it fits, None where that is not known. ``estimate(entry)``: what a load
-    takes, seconds. ``batch_lines()``: lines of batches by model name. ``tick``: the loop's clock, ``clock``: unix."""
+    takes, seconds. ``batch_lines()``: lines of batches by model name. ``tick``: the loop's clock, ``clock``: unix.
+    ``warm(entry)``: it will be loaded as soon as there is room; get its files ready. Does not block or raise."""
 
     launches: Launches
     queues: Queues
@@ -133,3 +137,4 @@ class KeeperDeps:
     tally: Tally
     tick: Callable[[], float]
     clock: Callable[[], float]
+    warm: Callable[[ModelEntry], None] = lambda _entry: None

@@ -37,7 +37,9 @@ class Record:
     """One model. ``fingerprint``: of the order that its entry means now. ``obstacle``: what its load waits for.
     ``retry_at``: not before then after a failure, None when it may be tried now; infinity: not by itself. ``down``: an
     operator has unloaded it, so it is not preloaded again; ``hurry``: without waiting for what runs there.
-    ``began_at``, ``ready_at``: of the last load. ``load_est_s``: what a load takes, as far as is known."""
+    ``since``: when it was seen to enter its state. ``stopped``: launches that were ended on purpose. ``warmed``: its
+    files were read ahead for the load that is waited for. ``began_at``, ``ready_at``: of the last load.
+    ``load_est_s``: what a load takes, as far as is known."""
 
     entry: ModelEntry
     fingerprint: str
@@ -51,9 +53,12 @@ class Record:
     retry_at: float | None = None
     down: bool = False
     hurry: bool = False
+    warmed: bool = False
     began_at: float | None = None
     ready_at: float = 0.0
     launches: frozenset[str] = frozenset()
+    stopped: frozenset[str] = frozenset()
+    since: float = 0.0
     state: State = "unloaded"
     gpu_count: int | None = None
     estimated: bool = False
@@ -73,16 +78,12 @@ class Record:
         known = self.asked.get(cls)
         return known if known is not None and known.until > now else None
 
-    @property
-    def was_seen(self) -> bool:
-        """Whether it had launches at the last look."""
-        return bool(self.launches) or self.state != "unloaded"
-
-    def rests(self, now: float) -> bool:
-        """Nothing is being done with it and nobody wants it, as far as a record can tell."""
-        if self.doing is not None or (self.entry.preload and not self.down):
-            return False
-        return not self.asked or all(asked.until <= now for asked in self.asked.values())
+    def stirs(self, now: float) -> bool:
+        """Whether something is being done with it or somebody may want it, as far as a record can tell. What is to be
+        preloaded always does: it may become wanted without anybody asking."""
+        if self.doing is not None or self.entry.preload:
+            return True
+        return any(asked.until > now for asked in self.asked.values())
 
     def loaded_for_whom(self, now: float) -> None:
         """It is loaded: those who were told to come back may take as long as that, an operator had only this wish."""

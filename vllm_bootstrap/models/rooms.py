@@ -2,7 +2,8 @@
 
 Placement itself is asked (``gpus.placement``, ``gpus.replicas``), over a copy of the claims without those of the models
 that are gone, and with those of the models that come first. What the engines of those that are gone use of a GPU is
-counted as coming back; the launch that follows measures again. Nothing here claims, waits or knows engines.
+counted as coming back, but not what strangers are seen to use: nobody is put away for a GPU that is busy then. The
+launch that follows measures again. Nothing here claims, waits or knows engines.
 
 It speaks of one moment and is asked the same again and again then: most models of a long catalogue ask for the same.
 So an answer is kept for all models that ask for it.
@@ -15,10 +16,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from vllm_bootstrap.engines.base import Placement
-from vllm_bootstrap.errors import ApiError
+from vllm_bootstrap.errors import ApiError, GpuConflict
+from vllm_bootstrap.gpus.condition import GpuState, assess, others_use
 from vllm_bootstrap.gpus.ledger import WHOLE, Claim, Ledger, LedgerConflict
 from vllm_bootstrap.gpus.placement import PlacementWish, place
-from vllm_bootstrap.gpus.readings import GpuReading, Snapshot
+from vllm_bootstrap.gpus.readings import GpuProcess, GpuReading, Snapshot
 from vllm_bootstrap.gpus.replicas import place_replicas
 
 
@@ -60,6 +62,11 @@ class Rooms:
             self._known[key] = self._refusal(name, gone, coming)
         return self._known[key] is None
 
+    def fits_elsewhere(self, name: str, gone: frozenset[str], coming: tuple[str, ...]) -> bool:
+        """For one that sleeps: whether it would find place if it were unloaded and loaded anew."""
+        need = replace(self._needs[name], claims=())
+        return self._refusal_of(need, gone | {name}, coming) is None
+
     def _form(self, name: str) -> Need:
         """What it asks for, whoever it is."""
         form = self._forms.get(name)
@@ -73,15 +80,18 @@ class Rooms:
 
     def _refusal(self, name: str, gone: frozenset[str], coming: tuple[str, ...]) -> ApiError | None:
         """Why there would be none."""
+        return self._refusal_of(self._needs[name], gone, coming)
+
+    def _refusal_of(self, need: Need, gone: frozenset[str], coming: tuple[str, ...]) -> ApiError | None:
         owners = frozenset().union(*(self._needs[one].launches for one in gone if one in self._needs))
-        ledger, snapshot = _without(self._ledger, self._snapshot, owners)
+        ledger, snapshot = _without(self._ledger, self._snapshot, owners, self._own_pids)
         for number, one in enumerate(coming):
             try:
                 self._take(f"coming {number}", self._needs[one], ledger, snapshot)
             except ApiError:
                 continue  # it was decided for another state of things; its own turn tells
         try:
-            self._take("wanted", self._needs[name], ledger, snapshot)
+            self._take("wanted", need, ledger, snapshot)
         except ApiError as error:
             return error
         return None
@@ -90,24 +100,34 @@ class Rooms:
         """The GPUs that a launch of it must name because its wish cannot be said otherwise (a minimum of memory); None
         where it need not name any, or none would do."""
         need = self._needs[name]
-        if need.min_memory is None or need.replicas != 1 or need.anywhere:
+        if need.min_memory is None or need.anywhere:
             return None
         try:
-            placed = self._place(need, self._ledger, self._snapshot)[0]
+            placed = self._place(need, self._ledger, self._snapshot)
         except ApiError:
             return None
-        return tuple(gpu.uuid for gpu in placed.gpus)
+        return tuple(dict.fromkeys(gpu.uuid for one in placed for gpu in one.gpus))  # replicas may share one
 
     def _take(self, owner: str, need: Need, ledger: Ledger, snapshot: Snapshot) -> None:
         if need.anywhere:
             return
         if need.claims:
             for claim in need.claims:
+                self._refuse_busy(claim.uuid, ledger, snapshot)
                 _claim(ledger, f"{owner} {claim.uuid}", (claim.uuid,), claim.share_milli, shared=claim.shared)
             return
         for number, placed in enumerate(self._place(need, ledger, snapshot)):
             uuids = [gpu.uuid for gpu in placed.gpus]
             _claim(ledger, f"{owner} {number}", uuids, placed.share_milli, shared=placed.share_milli < WHOLE)
+
+    def _refuse_busy(self, uuid: str, ledger: Ledger, snapshot: Snapshot) -> None:
+        """Raise where a launch could not wake for what is on its GPU beside ours."""
+        reading = snapshot.reading(uuid)
+        if reading is None:
+            raise GpuConflict(f"GPU {uuid} cannot be seen any more.")
+        found = assess(reading, snapshot, ledger, self._unsettled, busy_bytes=self._busy_bytes, own_pids=self._own_pids)
+        if found.is_busy or found.state in (GpuState.UNKNOWN, GpuState.UNSETTLED):
+            raise GpuConflict(f"GPU {reading.gpu.index} {found.reason}.")
 
     def _place(self, need: Need, ledger: Ledger, snapshot: Snapshot) -> list[Placement]:
         seen = _large_enough(snapshot, need.min_memory)
@@ -136,18 +156,26 @@ def _large_enough(snapshot: Snapshot, min_memory: int | None) -> Snapshot:
     return replace(snapshot, gpus=large)
 
 
-def _without(ledger: Ledger, snapshot: Snapshot, owners: Iterable[str]) -> tuple[Ledger, Snapshot]:
+def _without(
+    ledger: Ledger, snapshot: Snapshot, owners: Iterable[str], own_pids: frozenset[int] | None
+) -> tuple[Ledger, Snapshot]:
     """Claims and readings as they would be without these owners."""
     gone = frozenset(owners)
     held: dict[str, list[Claim]] = {}
     readings: list[GpuReading] = []
     for reading in snapshot.gpus:
-        claims = ledger.claims_on(reading.gpu.uuid)
+        uuid = reading.gpu.uuid
+        claims = ledger.claims_on(uuid)
         for owner, claim in claims.items():
             if owner not in gone:
                 held.setdefault(owner, []).append(claim)
         back = sum(claim.share_milli for owner, claim in claims.items() if owner in gone)
-        readings.append(_freed(reading, back) if back else reading)
+        if back:
+            _, strangers = others_use(
+                reading, ledger.claimed_milli(uuid), own_pids=own_pids, pids_trusted=snapshot.pids_trusted
+            )
+            reading = _freed(reading, back, strangers)  # noqa: PLW2901 - as it will be
+        readings.append(reading)
     copy = Ledger()
     copy.restore(held)
     sleepers = {owner for reading in snapshot.gpus for owner in ledger.parked_on(reading.gpu.uuid)} - gone
@@ -155,9 +183,10 @@ def _without(ledger: Ledger, snapshot: Snapshot, owners: Iterable[str]) -> tuple
     return copy, replace(snapshot, gpus=tuple(readings))
 
 
-def _freed(reading: GpuReading, milli: int) -> GpuReading:
-    """A GPU after so many thousandths of it were given back."""
-    if milli >= WHOLE or reading.used_bytes is None:
-        return replace(reading, used_bytes=None if reading.used_bytes is None else 0, processes=())
-    used = max(0, reading.used_bytes - reading.gpu.total_bytes * milli // WHOLE)
-    return replace(reading, used_bytes=used, processes=())
+def _freed(reading: GpuReading, milli: int, strangers: tuple[GpuProcess, ...]) -> GpuReading:
+    """A GPU after so many thousandths of it were given back. ``strangers``: processes there that are not ours."""
+    if reading.used_bytes is None:
+        return replace(reading, processes=strangers)
+    theirs = sum(process.used_bytes or 0 for process in strangers)
+    rest = 0 if milli >= WHOLE else reading.used_bytes - reading.gpu.total_bytes * milli // WHOLE
+    return replace(reading, used_bytes=max(theirs, rest), processes=strangers)

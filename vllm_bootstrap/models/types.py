@@ -95,6 +95,14 @@ class ModelEntry:
         return tuple(names)
 
 
+class Fetched(NamedTuple):
+    """What was downloaded of a repository: its commit, and the folder with all that an engine needs of it, None where
+    something may be missing."""
+
+    commit: str
+    folder: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """``together`` False: at most one of its members is loaded at a time. ``exclusive``: while one of them is loaded,

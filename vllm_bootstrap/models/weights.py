@@ -22,7 +22,7 @@ from vllm_bootstrap.models.download_rows import DownloadRows
 from vllm_bootstrap.models.downloads import DownloadConfig, Downloads
 from vllm_bootstrap.models.hubcache import MAIN, RepoCache, hub_folder, is_repo, is_revision, sweep_deleted
 from vllm_bootstrap.models.prefetch import RESERVE_BYTES, Prefetches
-from vllm_bootstrap.models.types import DownloadView, ModelEntry, OnDisk, PrefetchView
+from vllm_bootstrap.models.types import DownloadView, Fetched, ModelEntry, OnDisk, PrefetchView
 
 Needed = Callable[[str], str | None]
 """Who needs a source now: asked with a repository or path, answers with a launch's id, or None."""
@@ -106,10 +106,7 @@ class Weights:
             raise BadRequest(f"The revision {revision!r} cannot name a branch, a tag or a commit.", param="revision")
         if repo in self._removing:
             raise Conflict(f"{repo} is being deleted: try again soon.", retry_after=2)
-        load_format = entry.args.get("load_format") or entry.extra_args.get("load-format")
-        return await self._downloads.download(
-            entry.name, repo, revision, owner, load_format=str(load_format) if load_format else None
-        )
+        return await self._downloads.download(entry.name, repo, revision, owner, load_format=_load_format(entry))
 
     def downloads(self) -> list[DownloadView]:
         """All that are known, the newest first."""
@@ -135,12 +132,19 @@ class Weights:
         self._downloads.get(download_id)
         return self._downloads.watch(download_id)
 
-    def resolved(self, entry: ModelEntry) -> str | None:
-        """The commit that was downloaded for an entry, None where none was (or it is gone)."""
+    def resolved(self, entry: ModelEntry) -> Fetched | None:
+        """What was downloaded for an entry, None where nothing was (or it is gone)."""
         commit = self._pinned.get((entry.source, entry.revision or MAIN))
-        if commit is None or RepoCache(self._hub, entry.source).commit_of(commit) is None:
+        if commit is None:
             return None
-        return commit
+        cache = RepoCache(self._hub, entry.source)
+        if cache.commit_of(commit) is None:
+            return None
+        wanted = self._downloads.wanted(entry.source, commit)
+        # Another format may need other files than those that were fetched.
+        if wanted is None or _load_format(entry) or not all(cache.pointer(commit, path).exists() for path in wanted):
+            return Fetched(commit)
+        return Fetched(commit, str(cache.snapshots / commit))
 
     # -- on disk ------------------------------------------------------------------------------------------------
 
@@ -224,3 +228,9 @@ class Weights:
     async def _find(self, entry: ModelEntry) -> Found:
         pinned = self._pinned.get((entry.source, entry.revision or MAIN))
         return await asyncio.to_thread(find, self._hub, entry.source, entry.revision, pinned)
+
+
+def _load_format(entry: ModelEntry) -> str | None:
+    """The one that its entry names."""
+    named = entry.args.get("load_format") or entry.extra_args.get("load-format")
+    return str(named) if named else None

@@ -206,10 +206,14 @@ class Admission(Questions):
             raise refusals.draining()
         principal = ticket.principal
         lane = self._directory.lane(target, principal)  # 2, 3
-        if principal is not None:  # 4
-            self.limits.check(principal, ticket, now)
-        if not lane.launches:  # 5
-            self._ask_for(lane.shelf.name, ticket, may_be_held=may_be_held)
+        try:
+            if principal is not None:  # 4
+                self.limits.check(principal, ticket, now)
+            if not lane.launches:  # 5
+                self._ask_for(lane.shelf.name, ticket, may_be_held=may_be_held)
+        except ApiError:
+            self._directory.let_go(lane)
+            raise
         request = Request(request_id, target, ticket, lane, now)
         if ticket.cls == "realtime":
             for one in lane.launches:
@@ -301,8 +305,7 @@ class Admission(Questions):
         if request.launch is not None:
             self.done(request_id, now)
             return
-        self._dispatcher.leave(request, now)
-        self._end(request, now, worked=False)
+        self._leave(request, now)
         self._dispatcher.pump(request.lane.launches, now)
 
     def expire(self, request_id: int, now: float) -> None:
@@ -338,6 +341,7 @@ class Admission(Questions):
             return
         if request.ticket.cls == "batch" or shelf.over_without_batch(bounds):
             self._dispatcher.leave(request, now)
+            self._directory.let_go(request.lane)
             raise refusals.queue_full(shelf, request.ticket, bounds, now)
         while shelf.over(bounds):
             youngest = shelf.youngest_batch()
@@ -350,9 +354,14 @@ class Admission(Questions):
             self._dispatcher.make_room(request.lane.launches)
 
     def _reject(self, request: Request, error: ApiError, now: float) -> None:
-        self._dispatcher.leave(request, now)
-        self._end(request, now, worked=False)
+        self._leave(request, now)
         self.outcome.effects.append(Reject(request.id, error))
+
+    def _leave(self, request: Request, now: float) -> None:
+        """It waits no longer and has had no place."""
+        self._dispatcher.leave(request, now)
+        self._directory.let_go(request.lane)
+        self._end(request, now, worked=False)
 
     def _end(self, request: Request, now: float, *, worked: bool) -> None:
         del self._requests[request.id]

@@ -1,9 +1,9 @@
 """Who serves what: launches as announced, lanes of requests they could serve, one shelf for each model. PURE.
 
 Invariant: a lane holds at any moment exactly the launches that may serve its requests now; it exists while somebody
-waits in it or until the next change of a launch. Who may serve it depends on what it is for: the target, and the
-models that the key may use. A lane without launches exists only for a model that may be loaded on demand (see
-``Prospects``). Nothing here knows who waits in which order, or slots.
+waits in it or, where it has launches, until the next change of one. Who may serve it depends on what it is for: the
+target, and the models that the key may use. A lane without launches exists only for a model that may be loaded on
+demand (see ``Prospects``). Nothing here knows who waits in which order, or slots.
 """
 
 from __future__ import annotations
@@ -57,6 +57,18 @@ class Directory:
             globs = None if principal is None else principal.models
             lane = self._lanes[target, globs] = Lane(target, principal, (), shelf)
         return lane
+
+    def let_go(self, lane: Lane) -> None:
+        """Somebody has left it, or was refused at it. Without launches and without anybody who waits it is not kept:
+        clients may name as many models as they like."""
+        if lane.launches or any(lane.waiting.values()):
+            return
+        key = lane.target, None if lane.principal is None else lane.principal.models
+        if self._lanes.get(key) is lane:
+            del self._lanes[key]
+        name = lane.shelf.name
+        if lane.shelf.idle and self._shelves.get(name) is lane.shelf and name not in self._announced():
+            del self._shelves[name]
 
     def _hoped_for(self, target: Target, principal: Principal | None) -> bool:
         """Whether what such a request needs may be loaded, and its key may use that. A launch that runs and merely
@@ -147,14 +159,15 @@ class Directory:
         )
 
     def _tidy_shelves(self) -> None:
-        announced = {
-            name for one in self.launches.values() for name in one.advert.served_names or (one.advert.launch_id,)
-        }
+        announced = self._announced()
         for name in announced - self._shelves.keys():
             self._shelves[name] = Shelf(name)
         for name in self._shelves.keys() - announced:
             if self._shelves[name].idle:
                 del self._shelves[name]
+
+    def _announced(self) -> set[str]:
+        return {name for one in self.launches.values() for name in one.advert.served_names or (one.advert.launch_id,)}
 
 
 def _added(known: Demand | None, lane: Lane) -> Demand:

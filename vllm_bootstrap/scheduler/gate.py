@@ -173,7 +173,7 @@ class Gate:
             raise
         if grant is None:
             return self._wait(request_id, ticket, deadline, self._queue_timeout_s, now, hold_s)
-        lease = self._lease(grant, ticket, deadline, self._queue_timeout_s)
+        lease = self._lease(grant, ticket, deadline, self._queue_timeout_s, hold_s)
         if self._outcome.effects or self._outcome.batch_waiting:
             self._carry_out(now)
         return lease
@@ -271,9 +271,8 @@ class Gate:
             self._carry_out(now)
             raise
         if grant is None:
-            hold_s = math.inf if lease.deadline == math.inf else None
-            return self._wait(request_id, lease.ticket, lease.deadline, lease.patience_s, now, hold_s)
-        following = self._lease(grant, lease.ticket, lease.deadline, lease.patience_s)
+            return self._wait(request_id, lease.ticket, lease.deadline, lease.patience_s, now, lease.hold_s)
+        following = self._lease(grant, lease.ticket, lease.deadline, lease.patience_s, lease.hold_s)
         self._carry_out(now)
         return following
 
@@ -303,8 +302,10 @@ class Gate:
 
     # Carrying out
 
-    def _lease(self, grant: Grant, ticket: Ticket, deadline: float | None, patience_s: float) -> Lease:
-        lease = Lease(self, grant, ticket, deadline, patience_s)
+    def _lease(
+        self, grant: Grant, ticket: Ticket, deadline: float | None, patience_s: float, hold_s: float | None
+    ) -> Lease:
+        lease = Lease(self, grant, ticket, deadline, patience_s, hold_s)
         if ticket.replayable and ticket.cls == "batch":
             self._revocable[grant.request] = lease
         if self._watcher is not None:
@@ -324,10 +325,10 @@ class Gate:
         deadline: float | None,
         patience_s: float,
         now: float,
-        hold_s: float | None = None,
+        hold_s: float | None,
     ) -> Pending:
         due = now + patience_s if deadline is None else deadline
-        pending = Pending(self, request_id, ticket, deadline, due, self._admission.model_of(request_id))
+        pending = Pending(self, request_id, ticket, deadline, due, self._admission.model_of(request_id), hold_s)
         self._pending[request_id] = pending
         hold_until = now + (self._hold_s if hold_s is None else hold_s)
         pending.held = hold_until < due and not self._admission.is_served(request_id)
@@ -346,7 +347,8 @@ class Gate:
                 if isinstance(effect, Grant):
                     pending = self._take(effect.request)
                     left = pending.due - now
-                    loop.call_soon(pending.resolve, self._lease(effect, pending.ticket, pending.deadline, left))
+                    lease = self._lease(effect, pending.ticket, pending.deadline, left, pending.hold_s)
+                    loop.call_soon(pending.resolve, lease)
                 elif isinstance(effect, Reject):
                     pending = self._take(effect.request)
                     self._rejected(pending.ticket, pending.model, effect.error)

@@ -38,14 +38,25 @@ class Lease:
     from a fresh iteration, never after ``first_byte``: the holder then aborts at the engine and calls
     ``again("revoked")`` (or ``release``, when its client is gone). A holder without it keeps its place."""
 
-    __slots__ = ("_began", "_gate", "_id", "deadline", "instance", "on_revoked", "patience_s", "queue_ms", "ticket")
+    __slots__ = (
+        "_began", "_gate", "_id", "deadline", "hold_s", "instance", "on_revoked", "patience_s", "queue_ms", "ticket",
+    )  # fmt: skip
 
-    def __init__(self, gate: Desk, grant: Grant, ticket: Ticket, deadline: float | None, patience_s: float) -> None:
+    def __init__(
+        self,
+        gate: Desk,
+        grant: Grant,
+        ticket: Ticket,
+        deadline: float | None,
+        patience_s: float,
+        hold_s: float | None,
+    ) -> None:
         self.instance: Instance = grant.instance
         self.queue_ms = int(grant.waited_s * 1000)
         self.on_revoked: Callable[[], None] | None = None
         self.ticket = ticket
         self.deadline, self.patience_s = deadline, patience_s  # until when, or how long, it may still wait
+        self.hold_s = hold_s  # likewise while nothing serves its model, see ``Gate.request``
         self._gate: Desk | None = gate
         self._id = grant.request
         self._began = False
@@ -99,16 +110,23 @@ class Pending:
     it, unless ``cancel`` came first; a lease that was under way when ``cancel`` came is released. ``held``: its timer
     ends the time that it may wait for a model to be loaded, not yet the one it may wait at all."""
 
-    __slots__ = ("_gate", "_id", "_over", "deadline", "due", "held", "model", "notify", "ticket", "timer")
+    __slots__ = ("_gate", "_id", "_over", "deadline", "due", "held", "hold_s", "model", "notify", "ticket", "timer")
 
     def __init__(
-        self, gate: Desk, request_id: int, ticket: Ticket, deadline: float | None, due: float, model: str
+        self,
+        gate: Desk,
+        request_id: int,
+        ticket: Ticket,
+        deadline: float | None,
+        due: float,
+        model: str,
+        hold_s: float | None,
     ) -> None:
         self._gate = gate
         self._id = request_id
         self._over = False
         self.ticket, self.model = ticket, model
-        self.deadline, self.due = deadline, due
+        self.deadline, self.due, self.hold_s = deadline, due, hold_s
         self.notify: Callable[[Lease | ApiError], None] = lambda _outcome: None
         self.timer: asyncio.TimerHandle | None = None
         self.held = False

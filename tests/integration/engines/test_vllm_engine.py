@@ -1,4 +1,5 @@
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,15 @@ def test_the_model_is_positional_or_an_option():
     assert made.env["PATH"] == "/opt/e/bin:/usr/bin"
     assert made.cwd == engines.context().tmp_dir
     assert set(made.secrets) == {engines.KEY, engines.HF_TOKEN}
+
+
+def test_a_model_that_lies_here_whole_is_given_as_its_folder_so_that_no_hub_is_asked():
+    spec = replace(engines.spec("org/q", revision="c0ffee"), folder="/hub/q")
+    argv = engine().command(spec, engines.cuda(), engines.context()).argv
+    assert "/hub/q" in argv
+    assert "org/q" not in argv
+    assert f"--served-model-name={spec.served_model_name}" in argv
+    assert "--model=/hub/q" in engine(form=Form.MODULE).command(spec, engines.cuda(), engines.context()).argv
 
 
 def test_where_it_listens():

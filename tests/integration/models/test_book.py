@@ -17,7 +17,7 @@ from vllm_bootstrap.models.checks import checker
 from vllm_bootstrap.models.entries import EntryStore
 from vllm_bootstrap.models.orders import MODEL_LABEL
 from vllm_bootstrap.models.parsing import CatalogueError
-from vllm_bootstrap.models.types import AdapterEntry, ModelEntry, Rewrite
+from vllm_bootstrap.models.types import AdapterEntry, Fetched, ModelEntry, Rewrite
 
 QWEN = "models:\n  qwen: {source: org/qwen, aliases: [chat], defaults: {temperature: 0}}\n"
 BROKEN = "models:\n  qwen: {source: org/qwen, gpus: {cuont: 1}}\n"
@@ -210,16 +210,17 @@ def test_uploaded_adapters_come_and_go(tmp_path):
 
 
 def test_orders_name_what_was_downloaded(tmp_path):
-    desk = Desk(tmp_path, resolved=lambda entry: "c0ffee" if entry.name == "qwen" else None)
+    desk = Desk(tmp_path, resolved=lambda entry: Fetched("c0ffee", "/hub/q") if entry.name == "qwen" else None)
     order = desk.book.order_of(desk.book.find("qwen"), gpu_count=2)
     assert (order.fields["revision"], order.gpu_count, order.labels[MODEL_LABEL]) == ("c0ffee", 2, "qwen")
+    assert order.folder == "/hub/q"
     desk.db.close()
 
 
 def test_a_request_may_name_a_repository_and_never_a_path(tmp_path):
     desk = Desk(tmp_path)
     assert desk.book.adhoc("org/any") == ModelEntry("org/any", "org/any", origin="request")
-    for name in ("/etc", "../x", "a/../b", "~/x", "-x", "", "a/b/c", "http://x/y", "x" * 200, "a b"):
+    for name in ("/etc", "../x", "a/../b", "~/x", "-x", "", "a/b/c", "http://x/y", "x" * 200, "a b", "org/load"):
         assert desk.book.adhoc(name) is None, name
     desk.db.close()
 

@@ -192,7 +192,7 @@ def test_a_killed_helper_is_started_again_and_goes_on_where_it_was(hub: stand_in
             await eventually(hub.holding.is_set)
             await eventually(lambda: found.get(view.id).bytes_done >= 2 * MIB)
             [helper] = helpers()
-            assert helper.nice() == 10
+            assert helper.nice() == min(19, os.nice(0) + 10)
             helper.kill()
             hub.go.set()
             return await ended(found, view.id)
@@ -558,16 +558,22 @@ def test_room_that_others_need_is_not_promised_twice(hub: stand_in.Hub, tmp_path
         run(main())
 
 
+async def failed(found: Any) -> Any:
+    """A download that fails, once it has: on a busy machine that is after the answer to who asked for it."""
+    view = await found.download("tiny", REPO, "main", "ann")
+    await eventually(lambda: found.get(view.id).state == "failed", 60)
+    return found.get(view.id)
+
+
 def test_downloads_that_are_turned_off_say_so(hub: stand_in.Hub, tmp_path: Path) -> None:
     hub.repo(REPO, files())
 
     async def main() -> Any:
         env = {**config(hub, tmp_path).env, "HF_HUB_OFFLINE": "1"}
         async with downloads(hub, tmp_path, env=env) as found:
-            return await found.download("tiny", REPO, "main", "ann")
+            return await failed(found)
 
     view = run(main())
-    assert view.state == "failed"
     assert "turned off" in view.error
 
 
@@ -576,10 +582,9 @@ def test_a_repository_without_weights_is_refused(hub: stand_in.Hub, tmp_path: Pa
 
     async def main() -> Any:
         async with downloads(hub, tmp_path) as found:
-            return await found.download("tiny", REPO, "main", "ann")
+            return await failed(found)
 
     view = run(main())
-    assert view.state == "failed"
     assert "2 GGUF files" in view.error
 
 

@@ -63,6 +63,7 @@ def test_what_cannot_fit_is_refused_with_what_would(model):
     assert (refused.value.status, error["code"], error["param"]) == (400, "does_not_fit", "gpu_count")
     assert error["fit"]["weights_bytes"] == 2 * COUNTS["70b"]
     assert error["fit"]["fits"] is False
+    assert refused.value.retry_after is None, "nothing will change that"
     assert {"field": "gpu_count", "value": 2, "message": "2 GPUs would fit."} in error["suggestions"]
     assert "On one GPU it needs about 131.4 GiB of weights" in error["message"]
     assert "2 GPUs would fit." in error["message"]
@@ -106,8 +107,9 @@ def test_what_others_use_is_not_there(model):
     inventory = MockInventory(1)
     fitter = Fitter(inventory)
     inventory.set_used("GPU-mock-0", 20 * GIB)
-    with pytest.raises(DoesNotFit, match=r"60\.0 GiB are free now"):
+    with pytest.raises(DoesNotFit, match=r"60\.0 GiB are free now") as refused:
         refuse(fitter, spec(model("3b")), on(1))
+    assert refused.value.retry_after == fitting.IN_THE_WAY_RETRY_S
     refuse(fitter, spec(model("3b"), gpu_memory_utilization=0.7), on(1))
     inventory.set_fail("memory")  # what is not known refuses nothing
     refuse(fitter, spec(model("3b")), on(1))

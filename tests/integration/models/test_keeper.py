@@ -12,9 +12,10 @@ import pytest
 from tests.support.aio import eventually, run
 from tests.support.keeping import Keeping, gather, model
 from vllm_bootstrap.errors import ModelFailed, ModelLoading, ModelNotFound
+from vllm_bootstrap.launches.types import LaunchOrder
 from vllm_bootstrap.models import planning
 from vllm_bootstrap.models.planning import Policy
-from vllm_bootstrap.models.types import GpuNeed, Group
+from vllm_bootstrap.models.types import GpuNeed, Group, ModelEntry
 
 
 def test_a_request_loads_its_model_once_however_many_ask() -> None:
@@ -25,6 +26,25 @@ def test_a_request_loads_its_model_once_however_many_ask() -> None:
             assert len(box.launches_of("a")) == 1
             assert ("loaded", "a", "start") in box.told.notes
             assert await box.use("a") == served[0]
+
+    run(main())
+
+
+def test_a_mistake_of_ours_in_a_load_is_not_repeated_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[str] = []
+
+    def broken(entry: ModelEntry, **_: Any) -> LaunchOrder:
+        tries.append(entry.name)
+        raise ValueError("a mistake")
+
+    async def main() -> None:
+        async with Keeping(model("a"), hold_s=0.5) as box:
+            with monkeypatch.context() as patched:
+                patched.setattr(box.book, "order_of", broken)
+                assert isinstance(await box.refused("a"), ModelLoading)
+            assert tries == ["a"]
+            await box.keeper.load("a")
+            await box.until("a", "loaded")
 
     run(main())
 
@@ -119,6 +139,7 @@ def test_a_pinned_model_stays_and_the_refusal_says_so() -> None:
             error = await box.refused("b")
             assert isinstance(error, ModelLoading)
             assert "'a' is pinned" in error.message
+            assert box.warmed == ["b"], "its files are read ahead, once"
             assert box.state("a") == "loaded"
 
     run(main())
@@ -205,7 +226,7 @@ def test_an_idle_model_goes_after_its_time_to_live_and_pinned_ones_stay() -> Non
             await gather(box.use("a"), box.use("b"))
             await box.until("a", "unloaded")
             assert box.state("b") == "loaded"
-            assert ("put away", "a", "stop", "idle") in box.told.notes
+            await eventually(lambda: ("put away", "a", "stop", "idle") in box.told.notes)
 
     run(main())
 
@@ -312,6 +333,20 @@ def test_two_batches_take_turns_by_model() -> None:
     run(main())
 
 
+def test_batch_that_is_done_makes_room_for_batch_at_once_where_realtime_never_was() -> None:
+    async def main() -> None:
+        whole = GpuNeed(count=2)
+        policy = Policy(min_loaded_s=0.0, max_wait_s=5.0, batch_turn_s=600.0, quiet_s=600.0)
+        async with Keeping(model("a", gpus=whole), model("b", gpus=whole), policy=policy) as box:
+            box.lines = {"a": 10}
+            await box.until("a", "loaded")
+            (await box.acquire("a", "batch")).release()
+            box.lines = {"b": 10}
+            await box.until("b", "loaded")
+
+    run(main())
+
+
 def test_a_launch_of_an_operator_that_serves_the_name_is_used_and_not_doubled() -> None:
     async def main() -> None:
         async with Keeping(model("a")) as box:
@@ -356,5 +391,56 @@ def test_what_the_outlook_says() -> None:
             lease = await box.acquire("a")
             blocked.cancel()
             lease.release()
+
+    run(main())
+
+
+def test_a_wish_that_this_machine_can_never_meet_is_refused() -> None:
+    async def main() -> None:
+        async with Keeping(model("a"), model("huge", gpus=GpuNeed(count=8))) as box:
+            await box.use("a")
+            error = await box.refused("huge")
+            assert isinstance(error, ModelFailed)
+            assert error.should_retry is False
+            assert "8 GPUs are wanted" in error.message
+            assert box.state("a") == "loaded"
+
+    run(main())
+
+
+def test_a_preloaded_model_that_an_operator_stops_comes_back_only_when_it_is_asked_for() -> None:
+    async def main() -> None:
+        async with Keeping(model("a", preload=True)) as box:
+            await box.until("a", "loaded")
+            await box.world.supervisor.stop(box.launches_of("a")[0].launch_id)
+            await box.until("a", "unloaded")
+            await asyncio.sleep(0.3)
+            assert box.state("a") == "unloaded"
+            assert await box.use("a")
+
+    run(main())
+
+
+def test_closing_while_a_launch_is_accepted_leaves_it_with_an_owner() -> None:
+    async def main() -> None:
+        async with Keeping(model("a")) as box:
+            supervisor, begun, go_on = box.world.supervisor, asyncio.Event(), asyncio.Event()
+            accept = supervisor.launch
+
+            async def slowly(*args: Any) -> Any:
+                begun.set()
+                await go_on.wait()
+                return await accept(*args)
+
+            supervisor.launch = slowly
+            waiting = asyncio.create_task(box.acquire("a"))
+            await begun.wait()
+            closing = asyncio.create_task(box.keeper.close())
+            await asyncio.sleep(0.1)
+            assert not closing.done()
+            go_on.set()
+            await closing
+            assert [view.state for view in box.launches_of("a")] == ["bootstrapping"]
+            (await waiting).release()
 
     run(main())

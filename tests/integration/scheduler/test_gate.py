@@ -673,6 +673,29 @@ def test_with_infinity_a_request_waits_for_a_load_as_long_as_it_takes() -> None:
     run(main())
 
 
+@pytest.mark.parametrize("hold_s", [0.0, 0.02])
+def test_a_request_whose_engine_is_lost_is_held_no_longer_than_it_wanted(hold_s: float) -> None:
+    async def main() -> None:
+        gate = Gate(prospects=_Loadable(), hold_s=60, queue_timeout_s=60)
+        gate.update(advert(slots=1))
+        at_once = gate.request(MODEL, ME, hold_s=hold_s)
+        waiter = gate.request(MODEL, ME, hold_s=hold_s)
+        assert isinstance(at_once, Lease)
+        assert isinstance(waiter, Pending)
+        got: list[Any] = []
+        waiter.notify = got.append
+        at_once.release()
+        await eventually(lambda: got)
+        told: list[Any] = []
+        again = got[0].again("unreachable")
+        again.notify = told.append
+        await eventually(lambda: told, 5)
+        assert isinstance(told[0], ModelLoading)
+        assert at_rest(gate)
+
+    run(main())
+
+
 def test_retired_refused_and_forgotten_models() -> None:
     async def main() -> None:
         prospects = _Loadable()

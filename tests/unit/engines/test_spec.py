@@ -333,3 +333,8 @@ def test_the_level_of_sleep_is_taken_over(level):
 def test_sleep_is_a_known_level_of_an_engine_that_can():
     assert "0, 1 or 2" in refused("sleep", engine=Sleepy(), sleep=3).message
     assert "cannot sleep" in refused("sleep", engine=Other(), sleep=1).message
+
+
+def test_where_the_files_are_is_taken_over():
+    assert make(folder="/hub/q").folder == "/hub/q"
+    assert make().folder is None

@@ -133,3 +133,16 @@ def test_a_pass_ends_with_its_key_and_with_any_change_of_keys() -> None:
     now[0] = 0.0
     keys.reload()
     assert guard.readmit(permit) is None
+
+
+def test_a_head_is_worth_remembering_when_it_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = FamiliarHeads(HeadLimits())
+    other = RAW.replace(b"batch", b"other")
+    assert not heads.comes_again(parse_head(RAW, HeadLimits())), "it was not read here"
+    first = heads.read(RAW)
+    assert not heads.comes_again(first)
+    assert not heads.comes_again(heads.read(other))
+    assert heads.comes_again(heads.read(bytes(bytearray(RAW))))
+    monkeypatch.setattr(familiar, "MOST_HEADS", 2)
+    assert not heads.comes_again(heads.read(RAW.replace(b"batch", b"third")))
+    assert not heads.comes_again(heads.read(RAW)), "what was seen long ago is forgotten"

@@ -35,6 +35,15 @@ def indices(placement: Placement) -> list[int]:
 # Which GPUs
 
 
+def test_a_gpu_on_which_nobody_sleeps_is_taken_first() -> None:
+    ledger = Ledger()
+    ledger.claim("sleeper", ["GPU-0"])
+    ledger.park("sleeper", {"GPU-0": 0})
+    for count, taken in ((1, [1]), (2, [1, 2]), (3, [0, 1, 2])):
+        wish = PlacementWish(gpu_count=count)
+        assert indices(place(wish, box(count=3), ledger, {}, busy_bytes=GIB)) == taken
+
+
 def test_all_gpus_are_taken_whole_unless_something_says_fewer() -> None:
     placement = put(box(count=4))
     assert indices(placement) == [0, 1, 2, 3]

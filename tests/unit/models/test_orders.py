@@ -9,7 +9,7 @@ import pytest
 from vllm_bootstrap import wire
 from vllm_bootstrap.models import orders
 from vllm_bootstrap.models.orders import MODEL_LABEL, ORDER_LABEL, fingerprint, order_of
-from vllm_bootstrap.models.types import AdapterEntry, GpuNeed, ModelEntry
+from vllm_bootstrap.models.types import AdapterEntry, Fetched, GpuNeed, ModelEntry
 
 ENTRY = ModelEntry(
     "q", "org/q", revision="v1", aliases=("chat",), engine="vllm", gpus=GpuNeed(count=2, share=0.5),
@@ -39,9 +39,10 @@ def test_without_more_it_is_restarted_on_failure():
 
 def test_what_was_chosen_or_downloaded_changes_the_order_but_not_its_fingerprint():
     entry = ModelEntry("q", "q")
-    chosen = order_of(entry, gpu_count=2, gpu_ids=[0, 1], commit="abc")
+    chosen = order_of(entry, gpu_count=2, gpu_ids=[0, 1], fetched=Fetched("abc", "/hub/q"))
     assert (chosen.gpu_count, chosen.gpu_ids, chosen.fields) == (2, (0, 1), {"revision": "abc"})
     assert chosen.labels == order_of(entry).labels
+    assert (chosen.model, chosen.folder, order_of(entry).folder) == ("q", "/hub/q", None)
 
 
 @pytest.mark.parametrize(

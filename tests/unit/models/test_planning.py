@@ -15,11 +15,14 @@ class Box:
     """Room for so many models at once."""
 
     def __init__(self, models: Collection[Facts], room: int = 1) -> None:
-        self.models, self.room = models, room
+        self.models, self.room, self.elsewhere = models, room, set[str]()
 
     def fits(self, name: str, gone: frozenset[str], coming: tuple[str, ...]) -> bool:
         held = {model.name for model in self.models if model.state in ("loading", "loaded", "changing")}
         return len((held - gone) | set(coming) | {name}) <= self.room
+
+    def fits_elsewhere(self, name: str, gone: frozenset[str], coming: tuple[str, ...]) -> bool:
+        return name in self.elsewhere
 
 
 def decide(*models: Facts, room: int = 1, groups: tuple[Group, ...] = ()) -> Plan:
@@ -44,6 +47,19 @@ def test_1_with_room_it_is_loaded_or_woken() -> None:
     assert decide(Facts("a", "unloaded", batch=3)).actions == [Load("a")]
     assert decide(Facts("a", "unloaded", preload=True)).actions == [Load("a")]
     assert decide(Facts("a", "asleep", preload=True)).actions == []
+
+
+def test_4_what_cannot_wake_where_it_slept_is_loaded_where_there_is_room() -> None:
+    models = (wanted("a", state="asleep"), loaded("old", pin=True))
+    box = Box(models)
+    assert plan(models, box, (), POLICY).actions == []
+    box.elsewhere = {"a"}
+    found = plan(models, box, (), POLICY)
+    assert found.actions == [PutAway("a", "unload", "room")]
+    assert "'old' is pinned" in found.waits["a"]
+    assert plan((wanted("a"), models[1]), box, (), POLICY).actions == []
+    apart = (Group("g", frozenset({"a", "old"}), together=False),)
+    assert plan(models, box, apart, POLICY).actions == [], "it would not be loaded there either"
 
 
 @pytest.mark.parametrize(
@@ -140,6 +156,20 @@ def test_e_a_busy_model_of_lower_priority_or_after_a_long_wait() -> None:
     assert decide(busy, wanted("a", waits_s=14.9)).actions == []
 
 
+def test_d_one_that_only_pauses_stays_for_as_long_as_its_load_took() -> None:
+    pausing = loaded("old", quiet_s=5.0, loaded_s=20.0, load_s=60.0)
+    assert decide(pausing, wanted("a")).actions == []
+    assert decide(loaded("old", quiet_s=10.0, loaded_s=20.0, load_s=60.0), wanted("a")).actions
+    assert decide(loaded("old", quiet_s=5.0, loaded_s=60.0, load_s=60.0), wanted("a")).actions
+    assert decide(pausing, wanted("a", waits_s=15.0)).actions == [PutAway("old", "unload", "room")]
+
+
+def test_e_a_long_load_is_waited_for_as_long_before_others_have_to_go() -> None:
+    busy = loaded("old", running=1)
+    assert decide(busy, wanted("a", waits_s=89.0, load_s=90.0)).actions == []
+    assert decide(busy, wanted("a", waits_s=90.0, load_s=90.0)).actions == [Retire("old", "a")]
+
+
 def test_c_preloading_puts_nobody_away() -> None:
     assert decide(loaded("old"), Facts("a", "unloaded", preload=True)).actions == []
 
@@ -220,3 +250,56 @@ def test_a_group_that_wants_the_box_for_itself() -> None:
     assert decide(loaded("b"), wanted("a"), room=2, groups=alone).actions == [PutAway("b", "unload", "room")]
     assert decide(loaded("a"), wanted("b"), room=2, groups=alone).actions == [PutAway("a", "unload", "room")]
     assert decide(loaded("c"), wanted("b"), room=2, groups=alone).actions == [Load("b")]
+
+
+@pytest.mark.parametrize(
+    ("field", "models"),
+    [
+        ("realtime", (wanted("a", waits_s=1.0), wanted("b", waits_s=9.0))),
+        (
+            "batch",
+            (
+                Facts("a", "unloaded", batch=1, batch_waits_s=1.0, waits_s=9.0),
+                Facts("b", "unloaded", batch=1, batch_waits_s=9.0),
+            ),
+        ),
+    ],
+)
+def test_who_has_waited_longest_in_its_class_comes_first(field: str, models: tuple[Facts, ...]) -> None:
+    assert decide(*models).actions == [Load("b")], field
+
+
+def test_who_goes_first_among_those_that_may() -> None:
+    cheap = (loaded("a", idle_s=50.0, reload_s=50.0), loaded("b", idle_s=50.0, reload_s=5.0))
+    assert decide(wanted("w"), *cheap, room=2).actions == [PutAway("b", "unload", "room")], "cheaper to load again"
+    idle = (loaded("a", idle_s=20.0, reload_s=10.0), loaded("b", idle_s=90.0, reload_s=20.0))
+    assert decide(wanted("w"), *idle, room=2).actions == [PutAway("b", "unload", "room")], "idle longer for its price"
+    decided = (loaded("a", idle_s=900.0), loaded("b", running=1, retired=True, priority=9))
+    assert decide(wanted("w"), *decided, room=2).actions == [], "b is on its way out already, and is enough"
+
+
+def test_a_what_was_loaded_for_just_so_long_may_go_and_what_sleeps_gives_no_room() -> None:
+    assert decide(wanted("w"), loaded("a", loaded_s=10.0)).actions == [PutAway("a", "unload", "room")]
+    asleep = loaded("s", state="asleep")
+    assert decide(wanted("w"), asleep, loaded("p", pin=True)).actions == []
+
+
+def test_g_lines_that_run_count_as_work_as_those_that_wait() -> None:
+    batch = Facts("w", "unloaded", batch=1)
+    assert decide(batch, loaded("a", running_batch=1)).actions == []
+    assert decide(batch, loaded("a", running_batch=1, loaded_s=600.0)).actions == [Retire("a", "w")]
+
+
+def test_a_load_of_what_an_entry_was_before_ends_at_once() -> None:
+    assert decide(loaded("a", state="loading", outdated=True)).actions == [PutAway("a", "unload", "outdated")]
+    assert decide(loaded("a", state="loading")).actions == []
+    asleep = loaded("a", outdated=True, can_sleep=True)
+    assert decide(wanted("w"), asleep).actions == [PutAway("a", "unload", "outdated")], "it must not sleep on"
+
+
+def test_groups_count_what_is_coming_and_what_is_loading() -> None:
+    apart = (Group("apart", frozenset({"a", "b"}), together=False),)
+    assert decide(wanted("a", waits_s=2.0), wanted("b"), room=2, groups=apart).actions == [Load("a")]
+    assert decide(wanted("a"), loaded("b", state="loading"), room=2, groups=apart).actions == []
+    together = (Group("together", frozenset({"a", "b"})),)
+    assert decide(wanted("a"), loaded("c"), room=2, groups=together).actions == [Load("a")], "it excludes nobody"

@@ -108,20 +108,14 @@ def test_in_flight() -> None:
     assert Seen(running=2, running_batch=3).in_flight == 5
 
 
-def test_a_record_rests_when_nobody_wants_the_model_and_nothing_is_done_with_it() -> None:
-    assert record().rests(10.0)
-    assert not record(doing="loading").rests(10.0)
+def test_a_record_stirs_while_somebody_may_want_the_model_or_something_is_done_with_it() -> None:
+    assert not record().stirs(10.0)
+    assert record(doing="loading").stirs(10.0)
     asked = record()
     asked.ask("batch", 10.0, 5.0)
-    assert not asked.rests(14.0)
-    assert asked.rests(15.0)
+    assert asked.stirs(14.0)
+    assert not asked.stirs(15.0)
     preloaded = Record(ModelEntry("m", "org/m", preload=True), "print")
-    assert not preloaded.rests(10.0)
+    assert preloaded.stirs(10.0)
     preloaded.down = True
-    assert preloaded.rests(10.0)
-
-
-def test_a_record_knows_whether_there_were_launches() -> None:
-    assert not record().was_seen
-    assert record(launches=frozenset({"l"})).was_seen
-    assert record(state="changing").was_seen
+    assert preloaded.stirs(10.0)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from vllm_bootstrap.engines.base import Gpu
 from vllm_bootstrap.gpus.ledger import Claim, Ledger
 from vllm_bootstrap.gpus.placement import PlacementWish
-from vllm_bootstrap.gpus.readings import GpuReading, Snapshot
+from vllm_bootstrap.gpus.readings import GpuProcess, GpuReading, Snapshot
+from vllm_bootstrap.gpus.replicas import place_replicas
 from vllm_bootstrap.models.rooms import Need, Rooms
 
 GIB = 1024**3
@@ -55,6 +57,66 @@ def test_what_an_engine_that_goes_uses_comes_back() -> None:
     assert not here.fits("a"), "strangers"
     here.runs("x", "GPU-0")
     assert here.fits("a", "x")
+
+
+def test_what_strangers_use_beside_an_engine_does_not_come_back() -> None:
+    ours, stranger = GpuProcess(7, used_bytes=60 * GIB), GpuProcess(8, used_bytes=10 * GIB)
+    here = Here(replace(gpu(0, used=70), processes=(ours, stranger)))
+    here.runs("x", "GPU-0")
+    here.wants("a")
+    rooms = partial(Rooms, here.needs, here.snapshot, here.ledger, {}, busy_bytes=GIB, replicas_max=8)
+    assert not rooms(own_pids=frozenset({7})).fits("a", frozenset({"x"}), ()), "x would go for nothing"
+    assert rooms(own_pids=frozenset({7, 8})).fits("a", frozenset({"x"}), ())
+    assert rooms(own_pids=None).fits("a", frozenset({"x"}), ()), "whose they are is not known"
+
+
+def test_strangers_beside_what_stays_are_seen_too() -> None:
+    processes = (
+        GpuProcess(6, used_bytes=30 * GIB),
+        GpuProcess(7, used_bytes=30 * GIB),
+        GpuProcess(8, used_bytes=10 * GIB),
+    )
+    here = Here(replace(gpu(0, used=70), processes=processes))
+    here.runs("x", "GPU-0", milli=500)
+    here.runs("y", "GPU-0", milli=400)
+    here.wants("half", share=0.5)
+    rooms = partial(Rooms, here.needs, here.snapshot, here.ledger, {}, busy_bytes=GIB, replicas_max=8)
+    assert not rooms(own_pids=frozenset({6, 7})).fits("half", frozenset({"x"}), ())
+    assert rooms(own_pids=frozenset({6, 7, 8})).fits("half", frozenset({"x"}), ())
+
+
+def sleeper(here: Here, uuid: str, **fields: Any) -> None:
+    here.ledger.claim("l-s", [uuid])
+    here.ledger.park("l-s", {uuid: GIB // 2})
+    claims = tuple(each.claim for each in here.ledger.parked("l-s"))
+    here.needs["s"] = Need(PlacementWish(gpu_count=1), launches=frozenset({"l-s"}), claims=claims, **fields)
+
+
+def test_a_sleeper_wakes_where_it_was_if_nothing_else_is_there() -> None:
+    here = Here(gpu(0, used=1), gpu(1))
+    sleeper(here, "GPU-0")
+    assert here.fits("s")
+    strangers = Here(gpu(0, used=40), gpu(1))
+    sleeper(strangers, "GPU-0")
+    assert not strangers.fits("s")
+    assert strangers.rooms.fits_elsewhere("s", frozenset(), ())
+    vanished = Here(gpu(1))
+    sleeper(vanished, "GPU-0")
+    assert "cannot be seen" in vanished.rooms.refusal("s").message  # type: ignore[union-attr]
+    for why in ({"unsettled": {"GPU-0": "slow"}}, {}):
+        snapshot = here.snapshot if why else replace(here.snapshot, unknown="NVML is gone")
+        rooms = Rooms(here.needs, snapshot, here.ledger, why.get("unsettled", {}), busy_bytes=GIB, replicas_max=8)
+        assert not rooms.fits("s", frozenset(), ())
+
+
+def test_a_sleeper_whose_gpu_is_taken_for_good_finds_place_elsewhere() -> None:
+    here = Here()
+    sleeper(here, "GPU-0")
+    here.runs("x", "GPU-0")
+    assert not here.fits("s")
+    assert here.rooms.fits_elsewhere("s", frozenset(), ())
+    here.wants("y")
+    assert not here.rooms.fits_elsewhere("s", frozenset(), ("y",))
 
 
 def test_a_part_of_a_gpu_comes_back_in_part() -> None:
@@ -166,3 +228,15 @@ def test_what_was_asked_before_changes_no_answer() -> None:
     assert answers == [here.fits(name, *gone, coming=coming) for name, gone, coming in questions]
     assert any(answers)
     assert not all(answers)
+
+
+def test_replicas_name_large_gpus_too_and_are_placed_there() -> None:
+    here = Here(gpu(0, gib=24), gpu(1), gpu(2))
+    here.wants("a", min_memory=40 * GIB, replicas=2)
+    here.wants("shared", min_memory=40 * GIB, replicas=4, share=0.5)
+    for name, replicas, share in (("a", 2, None), ("shared", 4, 0.5)):
+        named = here.rooms.named(name)
+        assert named == ("GPU-1", "GPU-2")
+        wish = PlacementWish(gpu_ids=named, gpu_count=1, gpu_share=share)
+        placed = place_replicas(wish, replicas, here.snapshot, here.ledger, {}, busy_bytes=GIB, most=8)
+        assert {gpu.uuid for one in placed for gpu in one.gpus} == {"GPU-1", "GPU-2"}

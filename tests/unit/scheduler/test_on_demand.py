@@ -288,3 +288,44 @@ def test_one_that_loses_its_engine_waits_for_the_next_load() -> None:
     desk.admission.readmit("a", desk.now)
     desk.take()
     assert lost in desk.granted
+
+
+class AnyName(Prospects):
+    """Whatever is asked for may be loaded."""
+
+    def base_of(self, name: str) -> str | None:
+        return name
+
+
+@pytest.mark.parametrize("end", ["not held", "over its limit", "gone", "expired", "refused", "too large"])
+def test_names_that_nobody_waits_for_leave_nothing_behind(end: str) -> None:
+    desk = Desk(prospects=AnyName(), max_queued_bytes=10)
+    desk.say(launch(names=("n1",), state="bootstrapping", routable=False))
+    key = Principal("k", frozenset({"realtime"}), requests_per_minute=1 if end == "over its limit" else None)
+    if end == "over its limit":
+        desk.admission.request(1000, ByModel("n1000"), Ticket("k", principal=key), 0.0)
+        desk.admission.cancel(1000, 0.0)
+    for number in range(1, 50):
+        name, ticket = f"n{number}", Ticket("k", principal=key, body_bytes=20 if end == "too large" else 0)
+        try:
+            desk.admission.request(number, ByModel(name), ticket, 0.0, may_be_held=end != "not held")
+        except ApiError:
+            continue
+        if end == "gone":
+            desk.admission.cancel(number, 1.0)
+        elif end == "expired":
+            desk.admission.expire(number, 1.0)
+        else:
+            desk.admission.refuse(name, ModelFailed("it cannot"), 1.0)
+    assert not list(desk.admission._directory.lanes())
+    assert [name for name in ("n1", "n2", "n49") if desk.admission.serves(name)] == ["n1"]
+    desk.admission.forget("a", 2.0)
+    assert desk.admission.queues() == {}
+
+
+def test_who_has_a_place_is_no_demand() -> None:
+    desk = Desk(launch(slots=1))
+    desk.ask()
+    assert desk.admission.demand() == {}
+    desk.ask()
+    assert desk.admission.demand()["m"].served

@@ -1,0 +1,1 @@
+"""What the catalogue costs and what it brings."""
