@@ -66,8 +66,8 @@ def ours(min_loaded_s: float, max_wait_s: float, note: str = "", *, everywhere: 
 
 CONTENDERS = (
     Contender("first come, first served", {"on_demand": "off"}, driven=True),
-    ours(10, 15, " (default)", everywhere=True),
-    ours(2, 15, everywhere=True),
+    ours(2, 15, " (default)", everywhere=True),
+    ours(10, 15, everywhere=True),
     ours(2, 3),
     ours(0, 0),
     ours(30, 15),
