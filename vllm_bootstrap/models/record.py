@@ -153,7 +153,7 @@ def refusal(record: Record, now: float) -> ApiError | None:
     retry = record.retry_at if record.retry_at is not None and math.isfinite(record.retry_at) else None
     failure = {"class": trouble.failure_class, "hint": trouble.hint, "launch_id": trouble.launch_id}
     return ModelFailed(
-        f"The model {record.entry.name!r} could not be loaded: {trouble.message} {trouble.hint}".strip(),
+        f"The model {record.entry.name!r} cannot be used at present: {trouble.message} {trouble.hint}".strip(),
         retry_after=None if retry is None else retry - now,
         should_retry=None if retry is not None else False,
         details={"failure": failure},

@@ -97,7 +97,7 @@ def test_after_a_failure_requests_are_refused_until_the_next_load_is_due() -> No
     assert soon.retry_after == 4
     assert soon.should_retry is None
     assert soon.details == {"failure": {"class": "bad_flag", "hint": "Remove it.", "launch_id": "l1"}}
-    assert soon.message == "The model 'm' could not be loaded: It does not know --x. Remove it."
+    assert soon.message == "The model 'm' cannot be used at present: It does not know --x. Remove it."
     never = refusal(record(trouble=trouble, retry_at=math.inf), 1.5)
     assert never is not None
     assert never.retry_after is None
