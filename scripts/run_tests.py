@@ -1,9 +1,10 @@
-"""Runs the tests in three processes at once: two that mostly wait for processes and clocks, one that only computes.
+"""Runs the tests in several processes at once: four that mostly wait for processes and clocks, one that only computes.
 
 ``python scripts/run_tests.py [--coverage] [pytest arguments]``. Tests below ``tests/acceptance`` and
-``tests/integration`` need a quarter of a core; the others keep one busy, and yield to those that have deadlines. So all
-together take the time of the longest. With arguments that name tests, or with one core, there is one process as usual.
-The output of the first is shown as it comes, that of the others after it; the last line sums up all.
+``tests/integration``, each in two halves, need a quarter of a core; the others keep one busy, and yield to those that
+have deadlines. So all together take the time of the longest. With arguments that name tests, or with one core, there is
+one process as usual. The output of the first is shown as it comes, that of the others after it; the last line sums up
+all.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Self
 
 ROOT = Path(__file__).resolve().parents[1]
 WAITING = ("tests/acceptance", "tests/integration")
+HALVES = 2
 NICENESS = 10
 _COUNT = re.compile(r"(\d+) (passed|failed|errors?|skipped|deselected|xfailed|xpassed|warnings?)")
 
@@ -33,17 +36,30 @@ def main(arguments: Sequence[str]) -> int:
     runner += ["coverage", "run", "-m", "pytest"] if "--coverage" in arguments else ["pytest"]
     if any(not option.startswith("-") for option in options) or (os.cpu_count() or 1) < 2:
         return subprocess.run([*runner, *options], cwd=ROOT, check=False).returncode
-    first, second = ([*runner, *options, folder] for folder in WAITING)
-    rest = ["nice", "-n", str(NICENESS), *runner, *options, *(f"--ignore={folder}" for folder in WAITING)]
+    parts = {
+        f"{folder}, {number + 1} of {HALVES}": [*runner, *options, *half]
+        for folder in WAITING
+        for number, half in enumerate(halves(ROOT / folder))
+    }
+    ignored = [f"--ignore={folder}" for folder in WAITING]
+    parts["all other tests"] = ["nice", "-n", str(NICENESS), *runner, *options, *ignored]
+    (_, first), *others = parts.items()
     began = time.monotonic()
-    with Beside(second) as waiting, Beside(rest) as computing:
+    with ExitStack() as running:
+        beside = {name: running.enter_context(Beside(command)) for name, command in others}
         code, text = followed(first)
-        others = [waiting.output(), computing.output()]
-        codes = [code, waiting.process.returncode, computing.process.returncode]
-    for name, output in zip((WAITING[1], "all other tests"), others, strict=True):
+        outputs = {name: one.output() for name, one in beside.items()}
+        codes = [code, *(one.process.returncode for one in beside.values())]
+    for name, output in outputs.items():
         print(f"\n--- {name} ---\n{output}")
-    print(summed([text, *others], time.monotonic() - began), flush=True)
+    print(summed([text, *outputs.values()], time.monotonic() - began), flush=True)
     return max(codes, key=abs)
+
+
+def halves(folder: Path) -> list[list[str]]:
+    """The test files below a folder, every other one in each half, so that neighbours, which are alike, part."""
+    files = sorted(str(path.relative_to(ROOT)) for path in folder.rglob("test_*.py"))
+    return [files[number::HALVES] for number in range(HALVES)]
 
 
 class Beside:

@@ -85,7 +85,7 @@ def daemon_refuses(tmp_path, *args, **env):
         ([], {"TENSOR_PARALLEL": "2"}, 2, "MODEL_ID is not set"),
         (["--env-file", "/nonexistent"], {}, 2, "there is no such file"),
         ([], {"VLLM_BOOTSTRAP_MODELS_FILE": "/nonexistent.yaml"}, 2, "/nonexistent.yaml: there is no such file"),
-        ([], {"MODEL_ID": "../x"}, 2, "MODEL_ID: this model cannot be served"),
+        ([], {"MODEL_ID": "../x"}, 2, "MODEL_ID: the name '../x' may not"),
         (["--auth-keys-file", "/nonexistent"], {}, 2, "/nonexistent"),
         (["--state-dir", "/proc/nope"], {}, 1, "/proc"),
     ],
