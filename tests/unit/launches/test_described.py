@@ -36,6 +36,12 @@ def test_what_an_earlier_version_did_not_store_is_taken_from_now():
     assert traits_in(row, FRESH) == replace(TRAITS, slots=99)
 
 
+def test_a_version_that_knew_no_sleep_says_nothing_of_it():
+    row = stored()
+    del row["traits"]["sleep_levels"]
+    assert traits_in(row, replace(FRESH, sleep_levels=(1,))) == replace(TRAITS, sleep_levels=(1,))
+
+
 def test_what_a_later_version_stored_is_left_alone():
     row = stored()
     row["traits"]["colour"] = row["traits"]["routes"][0]["colour"] = "red"

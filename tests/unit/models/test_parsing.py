@@ -167,3 +167,10 @@ def test_a_single_model_is_told_with_places_below_it():
     with pytest.raises(CatalogueError, match=r"^gpus\.share: "):
         parse_entry("n", {"source": "s", "gpus": {"share": 2}}, "runtime", fine)
     assert clashes([ModelEntry("n", "s")]) == []
+
+
+def test_a_name_that_no_route_could_hold():
+    for raw in ({"models": {"org/x/load": {"source": "org/x"}}}, one(aliases=["q/files"])):
+        (said,) = problems(raw)
+        assert "the name '" in said
+        assert "/load'" in said or "/files'" in said
