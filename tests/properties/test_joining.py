@@ -81,7 +81,7 @@ def test_each_line_gets_what_it_would_have_got_alone(path, said, prompts, lists_
     assert shared is not None
     assert shared.sequences == (said.get("n", 1) if path == COMPLETIONS else 1)
 
-    joined = json.loads(join(raw))
+    joined = json.loads(join(path, raw))
     assert joined[field] == prompts
     assert "priority" not in joined
     answers = split(path, raw, json.dumps(engine(path, joined, lists_ids=lists_ids)).encode())
@@ -122,7 +122,7 @@ def test_whatever_a_line_or_an_engine_says_nothing_breaks(path, body, answer) ->
     raw = json.dumps(body).encode()
     if plan(path, raw) is None:
         return
-    json.loads(join([raw, raw]))
+    json.loads(join(path, [raw, raw]))
     split(path, [raw, raw], answer)
 
 

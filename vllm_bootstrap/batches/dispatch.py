@@ -185,7 +185,7 @@ class Dispatcher:
         path = flight.jobs[0].path
         target: Target = ByModel(model, ("POST", path)) if launch_id is None else ByLaunch(launch_id)
         bodies = [job.body for job in flight.jobs]
-        body = bodies[0] if len(bodies) == 1 else joining.join(bodies)
+        body = bodies[0] if len(bodies) == 1 else joining.join(path, bodies)
         call = _Carried(self._gateway, principal, target, path, body, flight)
         call.start()
         return call

@@ -73,9 +73,8 @@ def plan(path: str, body: bytes) -> Plan | None:
     return Plan(key, json_bodies.sequences(path, one.rest))
 
 
-def join(bodies: Sequence[bytes]) -> bytes:
+def join(path: str, bodies: Sequence[bytes]) -> bytes:
     """One request for lines of equal plans."""
-    path = COMPLETIONS if "prompt" in json_bodies.parse(bodies[0]).fields else EMBEDDINGS
     ones = _read_all(path, bodies)
     joined = {**ones[0].rest, _PROMPT_FIELD[path]: [one.prompt for one in ones]}
     if path == COMPLETIONS:
@@ -84,7 +83,7 @@ def join(bodies: Sequence[bytes]) -> bytes:
 
 
 def split(path: str, bodies: Sequence[bytes], answer: bytes) -> list[bytes] | None:
-    """An answer of 200 to ``join(bodies)``, as one answer to each; None when it is not what was asked for."""
+    """An answer of 200 to ``join(path, bodies)``, as one answer to each; None when it is not what was asked for."""
     ones = _read_all(path, bodies)
     whole = _object(answer)
     parts = _in_order(whole.get(_LIST_FIELD[path]), len(ones) * ones[0].choices) if whole is not None else None

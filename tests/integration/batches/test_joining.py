@@ -35,7 +35,7 @@ def test_together_as_alone(simulator: Simulator, path: str, said: dict[str, Any]
     raw = [json.dumps(line).encode() for line in lines]
     assert len({plan(path, one) for one in raw}) == 1
     headers = {"content-type": "application/json"}
-    reply = simulator.request("POST", path, join(raw), headers)
+    reply = simulator.request("POST", path, join(path, raw), headers)
     assert reply.status == 200
     answers = split(path, raw, reply.body)
     assert answers is not None
@@ -50,4 +50,4 @@ def test_together_as_alone(simulator: Simulator, path: str, said: dict[str, Any]
 
 def test_one_bad_prompt_refuses_all(simulator: Simulator) -> None:
     raw = [json.dumps({"model": "tiny", "prompt": prompt}).encode() for prompt in ("fine", "too long " * 50_000)]
-    assert simulator.request("POST", COMPLETIONS, join(raw), {"content-type": "application/json"}).status == 400
+    assert simulator.request("POST", COMPLETIONS, join(COMPLETIONS, raw), {"content-type": "application/json"}).status == 400

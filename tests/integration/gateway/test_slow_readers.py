@@ -58,7 +58,8 @@ def test_slow_readers_cost_little_and_are_cut(tmp_path: Path) -> None:
                     accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * 1024)
                 for one in clients:
                     await asyncio.get_running_loop().sock_sendall(one, request(body=STREAM))
-                await eventually(lambda: sum(one.write_paused for one in plane.gateway.connections) == CLIENTS)  # type: ignore[attr-defined]
+                paused = lambda: sum(one.write_paused for one in plane.gateway.connections)  # type: ignore[attr-defined]  # noqa: E731
+                await eventually(lambda: paused() == CLIENTS, 40)
                 assert buffered(plane) < CLIENTS * PER_CLIENT
                 stood = sent[0]
                 took = []

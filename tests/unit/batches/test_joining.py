@@ -49,7 +49,7 @@ def test_what_is_no_plain_json_goes_alone(body: bytes) -> None:
 
 def test_lines_without_a_plan_are_not_joined() -> None:
     with pytest.raises(ValueError, match="no plan"):
-        join([raw({**LINE, "echo": True})])
+        join(COMPLETIONS, [raw({**LINE, "echo": True})])
 
 
 def test_text_and_tokens_do_not_mix() -> None:
@@ -138,3 +138,8 @@ BAD: dict[str, bytes] = {
 @pytest.mark.parametrize("why", BAD)
 def test_an_answer_that_is_not_what_was_asked_for(why: str) -> None:
     assert split(COMPLETIONS, PAIR, BAD[why]) is None
+
+
+def test_a_field_of_the_other_route_does_not_mislead():
+    line = raw({"model": "m", "input": "hello", "prompt": None})
+    assert json.loads(join(EMBEDDINGS, [line, line])) == {"model": "m", "input": ["hello", "hello"], "prompt": None}
