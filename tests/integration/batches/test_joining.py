@@ -50,4 +50,5 @@ def test_together_as_alone(simulator: Simulator, path: str, said: dict[str, Any]
 
 def test_one_bad_prompt_refuses_all(simulator: Simulator) -> None:
     raw = [json.dumps({"model": "tiny", "prompt": prompt}).encode() for prompt in ("fine", "too long " * 50_000)]
-    assert simulator.request("POST", COMPLETIONS, join(COMPLETIONS, raw), {"content-type": "application/json"}).status == 400
+    joined, headers = join(COMPLETIONS, raw), {"content-type": "application/json"}
+    assert simulator.request("POST", COMPLETIONS, joined, headers).status == 400
