@@ -258,7 +258,7 @@ class Daemon:
             spool_dir=instance.private_dir(settings.state_dir / "spool"),
             on_record=self._keep_record,
             default_model=self._models.default_model,
-            rewrite_of=self._models.rewrite_of,
+            rewrite_of=self._models.book.rewrite_of,
             progress_of=self._models.progress_of,
             wants_progress=self._models.wants_progress,
         )
@@ -329,6 +329,7 @@ class Daemon:
         await self._reconciler.run()
         await self._batches.start()
         await self._models.start()
+        self._metrics.models.catalogue(self._models.book.entries())
         await self._idle.start()
         self.services.phase = "ok"
         background = asyncio.create_task(self._gpus.recheck_forever(), name="recheck unsettled GPUs")

@@ -20,7 +20,6 @@ from vllm_bootstrap.models.types import ModelState
 from vllm_bootstrap.tallies import MODELS_MAX, OTHER
 
 LOAD_S = (1.0, 2, 5, 15, 30, 60, 120, 300, 600, 1200)
-WAIT_S = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300)
 STATES: tuple[ModelState, ...] = (
     "unloaded", "loading", "loaded", "unresponsive", "falling_asleep", "asleep", "waking", "unloading", "failed"
 )  # fmt: skip
@@ -53,9 +52,6 @@ class ModelMetrics:
         )
         self._put_away = declare.counter(
             "model_put_away", "Models put away, by how (stop or sleep) and why.", "model", "how", "why"
-        )
-        self._waits = declare.histogram(
-            "cold_start_wait_seconds", "How long requests waited for a model that was not loaded.", WAIT_S
         )
         self._held = declare.gauge("held_requests", "Requests that wait for a model that is not loaded.", "class")
         self._state = declare.gauge("model_state", "1 for the state a model is in, else 0.", "model", "state")
@@ -96,10 +92,6 @@ class ModelMetrics:
         self._state.clear()
         for name, state in by_name.items():
             self.state(name, state)
-
-    def waited(self, seconds: float) -> None:
-        """A request that had to wait for a load got its place, or was refused."""
-        self._waits.observe(seconds)
 
     def held(self, by_class: Mapping[str, int]) -> None:
         """So many wait for a load now."""

@@ -27,7 +27,7 @@ from vllm_bootstrap.models.fitting import Fitter
 from vllm_bootstrap.models.keeper import Keeper
 from vllm_bootstrap.models.outlook import Outlook
 from vllm_bootstrap.models.ports import Devices, KeeperConfig, KeeperDeps, Launches, Queues, Tally, Unsettled
-from vllm_bootstrap.models.types import ModelEntry, Rewrite
+from vllm_bootstrap.models.types import ModelEntry
 from vllm_bootstrap.models.weights import Weights, WeightsConfig
 from vllm_bootstrap.scheduler import refusals
 from vllm_bootstrap.scheduler.ports import NoProspects, Prospects
@@ -178,9 +178,6 @@ class ModelDepartment:
     def default_model(self) -> str | None:
         """Where requests go that name none."""
         return self._config.one_model
-
-    def rewrite_of(self, name: str) -> Rewrite | None:
-        return self.book.rewrite_of(name)
 
     def progress_of(self, name: str) -> str | None:
         return self.outlook.progress_of(name)

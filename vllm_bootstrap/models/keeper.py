@@ -107,9 +107,9 @@ class Keeper:
         self._deps.queues.prospects_changed()
         self.kick()
 
-    async def changes(self) -> None:
-        """Return at the next change of anything that is shown of models."""
-        await self._changed.wait()
+    def changes(self) -> Coroutine[Any, Any, bool]:
+        """Ends with the next change, from this call on, of anything that is shown of models."""
+        return self._changed.wait()
 
     # What others ask
 
@@ -259,6 +259,9 @@ class Keeper:
         now, records = self._deps.tick(), self.records
         self._stirring = {name for name in self._stirring if name in records and records[name].stirs(now)}
         on_demand = self._config.on_demand != "off"
+        for served, left in self._deps.batch_lines().items() if on_demand else ():
+            if left:
+                self.record_of(served)  # lines may be the first to name a model
         return self._gathering.facts(records, self._stirring, self._config, on_demand=on_demand)
 
     def _adopt(self, seen: Mapping[str, Seen]) -> None:

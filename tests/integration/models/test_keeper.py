@@ -444,3 +444,12 @@ def test_closing_while_a_launch_is_accepted_leaves_it_with_an_owner() -> None:
             (await waiting).release()
 
     run(main())
+
+
+def test_where_any_model_may_be_asked_for_lines_of_a_batch_are_enough_too() -> None:
+    async def main() -> None:
+        async with Keeping(on_demand="any") as box:
+            box.lines = {"whatever": 3, "no/such/name": 1}
+            await box.until("whatever", "loaded")
+
+    run(main())
