@@ -71,12 +71,13 @@ class Chaos:
         self._restarts = 0
 
     def run(
-        self, rounds: int, within_s: float | None = None, told: Callable[[int, str], None] = lambda *_: None
-    ) -> None:
-        """So many rounds, fewer when the time is over; then stop all and find nothing left."""
+        self, rounds: int, *, fewest: int | None = None, within_s: float = 0.0,
+        told: Callable[[int, str], None] = lambda *_: None,
+    ) -> None:  # fmt: skip
+        """So many rounds, or ``fewest`` and what more the time allows; then stop all and find nothing left."""
         began = time.monotonic()
         for number in range(rounds):
-            if within_s is not None and time.monotonic() - began > within_s:
+            if fewest is not None and number >= fewest and time.monotonic() - began > within_s:
                 break
             fault = self.round()
             told(number, fault)

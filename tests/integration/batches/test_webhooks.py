@@ -248,21 +248,27 @@ def test_a_clock_that_was_set_back_does_not_hold_a_row_for_long(tmp_path):
 
 def test_many_are_told_few_at_a_time(tmp_path):
     async def main():
-        clock, now, most = Hand(), 0, 0
+        clock, now, most, told = Hand(), 0, 0, 0
+        eight, answer = asyncio.Event(), asyncio.Event()
 
         async def post(_url, _body, _headers, *, allow_private):
-            nonlocal now, most
-            now += 1
+            nonlocal now, most, told
+            now, told = now + 1, told + 1
             most = max(most, now)
-            await asyncio.sleep(0.01)
+            if now == 8:
+                eight.set()
+            await answer.wait()
+            await asyncio.sleep(0)
             now -= 1
             return 200
 
         async with opened(tmp_path / "s.db", clock, post=post) as (db, hooks):
             for number in range(50):
                 await tell(db, hooks, "http://x/", clock, number)
+            await asyncio.wait_for(eight.wait(), 30)
+            answer.set()
             await gone(db)
-            assert most == 8
+            assert (most, told) == (8, 50)
 
     run(main())
 
