@@ -9,9 +9,9 @@ The tree::
     ├── BadRequest 400 bad_request          ├── Conflict 409 conflict
     │   ├── InvalidJson   invalid_json      │   ├── GpuConflict     gpu_conflict
     │   ├── UnknownField  unknown_field     │   ├── LaunchNotReady  launch_not_ready
-    │   ├── NotBuilt      not_built         │   ├── SleepFailed, WakeFailed sleep_failed, wake_failed
-    │   ├── DoesNotFit    does_not_fit      │   ├── NotEnoughMemory not_enough_memory
-    │   └── AdapterRefused adapter_refused  │   └── Cancelled       cancelled
+    │   ├── DoesNotFit    does_not_fit      │   ├── SleepFailed, WakeFailed sleep_failed, wake_failed
+    │   └── AdapterRefused adapter_refused  │   ├── NotEnoughMemory not_enough_memory
+    │                                       │   └── Cancelled       cancelled
     ├── Unauthorized 401 invalid_api_key    ├── OffsetOutOfRange 416 offset_out_of_range
     ├── Forbidden 403 insufficient_scope    ├── TooManyRequests 429 rate_limit_exceeded
     │   └── ForbiddenOrigin forbidden_origin│   ├── ConcurrencyLimit concurrency_limit
@@ -104,12 +104,6 @@ class InvalidJson(BadRequest):
 
 class UnknownField(BadRequest):
     code = "unknown_field"
-
-
-class NotBuilt(BadRequest):
-    """A documented setting, scope or field whose feature does not exist yet: refused, never ignored."""
-
-    code = "not_built"
 
 
 class DoesNotFit(BadRequest):
