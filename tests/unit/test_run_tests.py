@@ -29,3 +29,30 @@ def test_the_halves_of_a_folder_hold_each_test_file_once() -> None:
         assert {*first, *second} == files
         assert len(first) + len(second) == len(files)
         assert abs(len(first) - len(second)) <= 1
+
+
+BROKEN = """=========================== short test summary info ============================
+FAILED tests/a/test_b.py::test_c - AssertionError: assert 7 >= 8
+FAILED tests/a/test_b.py::test_d[x y - z] - KeyError: ' in '
+ERROR tests/a/test_b.py::TestE::test_f
+2 failed, 20 passed, 1 error in 61.20s (0:01:01)
+"""
+
+
+def test_failures_are_known_by_name() -> None:
+    names = [f"tests/a/test_b.py::{name}" for name in ("test_c", "test_d[x y - z]", "TestE::test_f")]
+    assert run_tests.failures(BROKEN) == names
+    assert run_tests.worth_again([1, 0], [BROKEN, COMPUTING]) == names
+
+
+def test_only_failures_that_are_all_known_get_a_second_chance() -> None:
+    assert run_tests.worth_again([0], [COMPUTING]) == []
+    assert run_tests.worth_again([1], [WAITING]) == []  # one failed that nothing names
+    assert run_tests.worth_again([1, 1], [BROKEN, COMPUTING]) == []  # something else went wrong in the other part
+    assert run_tests.worth_again([1, -9], [BROKEN, "killed"]) == []
+    assert run_tests.worth_again([1, 3], [BROKEN, COMPUTING]) == []
+
+
+def test_of_what_ran_twice_the_second_run_counts() -> None:
+    outputs = [run_tests.without_failures(BROKEN), COMPUTING, "1 failed, 2 passed in 3.00s"]
+    assert run_tests.summed(outputs, 100) == "1 failed, 422 passed, 1 warning in 100.00s (0:01:40)"

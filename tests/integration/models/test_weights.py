@@ -238,7 +238,9 @@ def test_prefetch_brings_files_into_the_page_cache(tmp_path: Path) -> None:
             view = found.prefetch_state(entry)
             assert (view.state, view.bytes_done, view.error) == ("completed", view.bytes_total, None)
             warm = await found.on_disk(entry)
-            assert warm.cached_bytes == warm.bytes
+            # The kernel may take a page back at any time; a file that was not read has none.
+            assert warm.cached_bytes is not None
+            assert warm.cached_bytes > 0.75 * warm.bytes > cold
             assert (await found.cancel_prefetch(entry)).state == "completed"
             assert [one.model for one in found.prefetches()] == [entry.name]
 
