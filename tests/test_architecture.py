@@ -48,7 +48,7 @@ MUST_BE_PURE = [
     "batches.windows", "models.choosing", "models.lora", "models.troubles", "models.types", "models.schema",
     "models.parsing", "models.orders", "models.assembly", "models.stored",
     "models.advice", "models.fit", "models.shape", "models.tensors", "models.names", "models.idle_time",
-    "models.idle_alarm", "batches.progress", "batches.outcomes", "launches.rows", "launches.resting",
+    "models.idle_alarm", "batches.progress", "batches.outcomes", "launches.rows", "launches.resting", "pulse",
 ]  # fmt: skip
 
 NOT_IN_PURE = {

@@ -13,9 +13,12 @@ import logging
 import os
 import resource
 import socket
+import time
 from collections.abc import Generator
 
 import uvicorn
+
+from vllm_bootstrap.pulse import until_pulse
 
 log = logging.getLogger("vllm_bootstrap")
 
@@ -39,7 +42,7 @@ class Server(uvicorn.Server):
         # Only the date changes with time. uvicorn's own loop wakes ten times a second, for 1 % of a core.
         while not await self.on_tick(0):
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._leaving.wait(), DATE_S)
+                await asyncio.wait_for(self._leaving.wait(), until_pulse(DATE_S, time.monotonic()))
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -29,6 +29,7 @@ from vllm_bootstrap.batches.store import Creation
 from vllm_bootstrap.batches.types import NO_COUNTS, NO_USAGE, ItemView, NewItem, Record
 from vllm_bootstrap.batches.work import Answered, Ending, Job
 from vllm_bootstrap.errors import ApiError, BadRequest, NotFound, QueueFull
+from vllm_bootstrap.pulse import until_pulse
 from vllm_bootstrap.tallies import BatchTally
 
 log = logging.getLogger(__name__)
@@ -299,7 +300,7 @@ class ItemService:
     async def _look(self) -> None:
         """End what has waited for too long."""
         while True:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(until_pulse(LOOK_S, time.monotonic()))
             now = self._clock()
             while self._expiries and self._expiries[0][0] <= now:
                 due = heappop(self._expiries)

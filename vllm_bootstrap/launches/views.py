@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from vllm_bootstrap.engines.base import Placement
@@ -36,6 +35,35 @@ def failure_view(stored: Mapping[str, Any] | None) -> FailureView | None:
 
 def of_row(row: LaunchRow, claims: tuple[ClaimView, ...] = ()) -> LaunchView:
     """A launch nobody owns any more, as it was written."""
+    return _view(row, claims)
+
+
+def of_owner(owner: LaunchOwner) -> LaunchView:
+    """A launch that is owned right now."""
+    attempt = owner.attempt
+    return _view(
+        owner.row,
+        claim_views(owner.placement),
+        unresponsive=owner.unresponsive,
+        next_attempt_at=owner.next_attempt_at,
+        pid=attempt.pid if attempt else None,
+        shim_pid=attempt.shim_pid if attempt else None,
+        progress=_progress(owner),
+        capacity=owner.spec.slots((attempt.traits if attempt else owner.engine.traits(owner.spec)).slots),
+    )
+
+
+def _view(
+    row: LaunchRow,
+    claims: tuple[ClaimView, ...],
+    *,
+    unresponsive: bool = False,
+    next_attempt_at: float | None = None,
+    pid: int | None = None,
+    shim_pid: int | None = None,
+    progress: ProgressView | None = None,
+    capacity: int | None = None,
+) -> LaunchView:
     return LaunchView(
         launch_id=row.id,
         group_id=row.group_id,
@@ -43,7 +71,7 @@ def of_row(row: LaunchRow, claims: tuple[ClaimView, ...] = ()) -> LaunchView:
         owner_id=row.owner_id,
         state=row.phase.state.value,
         why=row.phase.why.value if row.phase.why else None,
-        unresponsive=False,
+        unresponsive=unresponsive,
         model=row.model,
         engine=row.engine,
         served_model_name=row.served_model_name,
@@ -51,30 +79,15 @@ def of_row(row: LaunchRow, claims: tuple[ClaimView, ...] = ()) -> LaunchView:
         labels=row.labels,
         restart_policy=str(row.restart.get("policy", "never")),
         attempt=row.attempt,
-        next_attempt_at=None,
-        pid=None,
-        shim_pid=None,
+        next_attempt_at=next_attempt_at,
+        pid=pid,
+        shim_pid=shim_pid,
         created_at=row.created_at,
         changed_at=row.changed_at,
         transitions=row.transitions,
-        progress=None,
+        progress=progress,
         failure=failure_view(row.failure),
-        capacity=None,
-    )
-
-
-def of_owner(owner: LaunchOwner) -> LaunchView:
-    """A launch that is owned right now."""
-    attempt = owner.attempt
-    view = of_row(owner.row, claim_views(owner.placement))
-    return replace(
-        view,
-        unresponsive=owner.unresponsive,
-        next_attempt_at=owner.next_attempt_at,
-        pid=attempt.pid if attempt else None,
-        shim_pid=attempt.shim_pid if attempt else None,
-        progress=_progress(owner),
-        capacity=owner.spec.slots((attempt.traits if attempt else owner.engine.traits(owner.spec)).slots),
+        capacity=capacity,
     )
 
 

@@ -22,10 +22,11 @@ from vllm_bootstrap.models.catalogue_file import Identity, identity_of, read
 from vllm_bootstrap.models.entries import EntryStore
 from vllm_bootstrap.models.parsing import CatalogueError, Check, clashes, parse, parse_entry
 from vllm_bootstrap.models.types import AdapterEntry, Catalogue, Fetched, Group, ModelEntry, Rewrite
+from vllm_bootstrap.pulse import until_pulse
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY_S = 1.0
+LOOK_EVERY_S = 2.0
 # A repository's id, or a plain name for engines that need no weights. Never a path: who asks for a model by name must
 # not choose what is read from this machine's disk.
 _REPOSITORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}(?:/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95})?")
@@ -235,7 +236,7 @@ class CatalogueBook:
         assert self._path is not None  # noqa: S101 - start has looked; narrows the type
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._look_every_s):
+                async with asyncio.timeout(until_pulse(self._look_every_s, time.monotonic())):
                     await self._asked.wait()
             try:
                 facts: Identity | None = identity_of(await asyncio.to_thread(self._path.stat))

@@ -31,6 +31,7 @@ from vllm_bootstrap.models.idle_time import (
     Spent,
     Use,
 )
+from vllm_bootstrap.pulse import until_pulse
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class IdleBox:
     async def _run(self) -> None:
         while True:
             await self.tick()
-            await asyncio.sleep(SAMPLE_EVERY_S)
+            await asyncio.sleep(until_pulse(SAMPLE_EVERY_S, time.monotonic()))
 
     async def tick(self) -> None:
         """One look, and what follows from it."""

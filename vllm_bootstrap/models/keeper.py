@@ -29,6 +29,7 @@ from vllm_bootstrap.models.ports import KeeperConfig, KeeperDeps
 from vllm_bootstrap.models.record import NOTHING, Doing, Record, Seen
 from vllm_bootstrap.models.rooms import Rooms
 from vllm_bootstrap.models.types import ModelEntry, Origin
+from vllm_bootstrap.pulse import until_pulse
 from vllm_bootstrap.serving import Advert, RequestClass
 
 log = logging.getLogger(__name__)
@@ -246,7 +247,7 @@ class Keeper:
             self._act(action, room)
         self._tell_changes()
         busy = any(fact.wanted is not None or fact.retired for fact in facts)
-        return BUSY_TICK_S if busy else IDLE_TICK_S
+        return BUSY_TICK_S if busy else until_pulse(IDLE_TICK_S, self._deps.tick())
 
     def _facts(self) -> list[Facts]:
         seen = self._gathering.look()
