@@ -6,6 +6,7 @@ Contenders take turns on one engine, over rounds, with the same realtime request
 * unprotected: both straight to the engine, first come first served
 * engine priority: straight to the engine, with vLLM's own priority for realtime
 * ours: both through the daemon with all it does; at one load also with only some of its levers
+* ours, no batch: realtime through the daemon and nothing beside it: what of the rest is the way through it
 
 Realtime arrives at random (Poisson), at parts of the rate that the engine can just serve (measured first). The batch
 keeps more requests in flight than the engine has slots. *Batch only* is a second engine with its default flags, driven
@@ -73,6 +74,7 @@ class Contender:
 
 
 ALONE, OURS = Contender("alone", batch=False), Contender("ours", daemon=True)
+NO_BATCH = Contender("ours, no batch", daemon=True, batch=False)
 FAR_OFF = (Contender("unprotected"), Contender("engine priority", priority=True))
 LEVERS = (
     Contender("ours, reserve only", daemon=True, off=("pacing", "cap")),
@@ -130,7 +132,7 @@ class Bench:
             steps += [((2.0, 6.0, 2.0), lambda engines, n=count: self.full(engines, n)) for count in CLIENTS]  # type: ignore[misc]
         for number in range(args.rounds):
             for part in args.loads:
-                turns = (BATCH_ONLY, OURS) if part == 0 else (ALONE, OURS)
+                turns = (BATCH_ONLY, OURS) if part == 0 else (ALONE, NO_BATCH, OURS)
                 steps += [self.step(one, part, number) for one in (turns if number % 2 == 0 else turns[::-1])]
                 if part and number == args.rounds // 2 and args.far_off:
                     steps += [self.step(one, part, number, ONCE) for one in FAR_OFF]
@@ -311,7 +313,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="measure so many times as long")
     parser.add_argument("--loads", type=float, nargs="*", default=[0, 0.05, 0.25, 0.5], help="parts of capacity")
     parser.add_argument("--levers", type=float, default=0.25, help="the load at which single levers are shown; 0: none")
-    parser.add_argument("--no-far-off", dest="far_off", action="store_false", help="only alone and ours")
+    parser.add_argument("--no-far-off", dest="far_off", action="store_false", help="only alone and ours, with batch and without")
     parser.add_argument("--keep", type=Path, help="a file; what an earlier run left in it counts too")
     parser.add_argument("--prefix", default="", help="a command before that of each measurement")
     parser.add_argument("--verbose", action="store_true", help="show the budget after each measurement of ours")
