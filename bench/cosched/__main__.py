@@ -313,7 +313,9 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="measure so many times as long")
     parser.add_argument("--loads", type=float, nargs="*", default=[0, 0.05, 0.25, 0.5], help="parts of capacity")
     parser.add_argument("--levers", type=float, default=0.25, help="the load at which single levers are shown; 0: none")
-    parser.add_argument("--no-far-off", dest="far_off", action="store_false", help="only alone and ours, with batch and without")
+    parser.add_argument(
+        "--no-far-off", dest="far_off", action="store_false", help="only alone and ours (with batch and without)"
+    )
     parser.add_argument("--keep", type=Path, help="a file; what an earlier run left in it counts too")
     parser.add_argument("--prefix", default="", help="a command before that of each measurement")
     parser.add_argument("--verbose", action="store_true", help="show the budget after each measurement of ours")
