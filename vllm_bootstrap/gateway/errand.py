@@ -44,7 +44,8 @@ class Errand:
     sent_all = True
 
     def __init__(self, gateway: Gateway, sender: Sender, head: Head) -> None:
-        self._gateway, self._sender, self._head = gateway, sender, head
+        self._gateway, self._head = gateway, head
+        self._sender: Sender | None = sender
 
     def go(self, instance: Instance, outgoing: Outgoing, *, upgrade: bool) -> None:
         """Send ``outgoing``. ``upgrade``: it is a handshake."""
@@ -68,24 +69,28 @@ class Errand:
     def _connected(self, outcome: UpstreamConnection | ApiError) -> None:
         self._dial = None
         if isinstance(outcome, ApiError):
+            assert self._sender is not None  # noqa: S101 - a dial is cancelled at the end
             self._sender.on_unreachable(outcome)
         else:
             self._resume(outcome)
 
     def _resume(self, connection: UpstreamConnection) -> None:
         """Send, called by the loop and not from a step of the request."""
+        sender = self._sender
+        assert sender is not None  # noqa: S101 - likewise
         try:
             self._send(connection, time.monotonic())
         except Exception:  # noqa: BLE001 - a mistake must not leave a client waiting
-            self._sender.on_crash()
+            sender.on_crash()
 
     def _send(self, connection: UpstreamConnection, now: float) -> None:
-        outgoing, head = self.outgoing, self._head
+        outgoing, sender, head = self.outgoing, self._sender, self._head
         assert outgoing is not None  # noqa: S101 - kept until an answer begins
-        self._sender.on_sending(connection, now)
+        assert sender is not None  # noqa: S101 - until the end
+        sender.on_sending(connection, now)
         body = outgoing.body or b""
         first = outgoing.head + body if len(body) <= _JOINED_BYTES else outgoing.head
-        connection.start(self._sender, first, now=now, head_only=head.method == "HEAD", upgrade=self.upgrade)
+        connection.start(sender, first, now=now, head_only=head.method == "HEAD", upgrade=self.upgrade)
         if len(body) > _JOINED_BYTES:
             connection.write(body)
         if outgoing.upload is not None:
@@ -95,7 +100,7 @@ class Errand:
     def _sent(self, problem: ApiError | None) -> None:
         self._sending = None
         self.sent_all = problem is None
-        if problem is not None:
+        if problem is not None and self._sender is not None:
             self._sender.fail(problem)
 
     def on_writable(self) -> None:
@@ -114,6 +119,6 @@ class Errand:
 
     def end(self) -> None:
         """Nothing more is sent. Idempotent."""
-        self.outgoing = None
+        self.outgoing = self._sender = None  # a circle with the sender would last until the garbage collector comes by
         if self._dial is not None or self._sending is not None:
             self.cancel()

@@ -37,7 +37,8 @@ class Place:
     __slots__ = ("_gate", "_holder", "_lease", "_pending", "_tries", "queue_ms")
 
     def __init__(self, gate: Gate, holder: Holder) -> None:
-        self._gate, self._holder = gate, holder
+        self._gate = gate
+        self._holder: Holder | None = holder
         self._lease: Lease | None = None
         self._pending: Pending | None = None
         self._tries = 1
@@ -77,15 +78,18 @@ class Place:
     def _on_outcome(self, outcome: Lease | ApiError) -> None:
         self._pending = None
         if isinstance(outcome, ApiError):
+            assert self._holder is not None  # noqa: S101 - nobody is told anything after ``leave``
             self._holder.on_no_place(outcome)
             return
         self._hold(outcome)
 
     def _hold(self, lease: Lease) -> None:
+        holder = self._holder
+        assert holder is not None  # noqa: S101 - likewise
         self._lease = lease
         self.queue_ms = lease.queue_ms
-        lease.on_revoked = self._holder.on_revoked
-        self._holder.on_place(lease.instance)
+        lease.on_revoked = holder.on_revoked
+        holder.on_place(lease.instance)
 
     def first_byte(self, *, streamed: bool) -> None:
         """The answer has begun: the place is not taken back any more."""
@@ -101,6 +105,7 @@ class Place:
         """Give it back, or do not wait any longer. ``usage``: what it used, when that is known. Idempotent."""
         pending, self._pending = self._pending, None
         lease, self._lease = self._lease, None
+        self._holder = None  # who holds this: a circle would keep both until the garbage collector comes by
         if pending is not None:
             pending.cancel()
         if lease is not None:
