@@ -7,6 +7,7 @@ one thread alone adds and reads. What the numbers are called and how they are pr
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterator
 
 from vllm_bootstrap.errors import ApiError
@@ -98,7 +99,7 @@ class Traffic(Watcher):
 
     def __init__(self) -> None:
         self.classes = {"realtime": ClassTally(), "batch": ClassTally(), "none": ClassTally()}
-        self.admissions: dict[tuple[str, str], int] = {}
+        self.admissions: defaultdict[tuple[str, str], int] = defaultdict(int)
         self.taken_back = 0
         self.promotions = 0
         self.history_dropped = 0
@@ -115,12 +116,10 @@ class Traffic(Watcher):
     # What the scheduler did with one request
 
     def admitted(self, ticket: Ticket, grant: Grant) -> None:  # noqa: ARG002
-        key = (ticket.cls, "admitted")
-        self.admissions[key] = self.admissions.get(key, 0) + 1
+        self.admissions[ticket.cls, "admitted"] += 1
 
     def rejected(self, ticket: Ticket, model: str, error: ApiError) -> None:  # noqa: ARG002
-        key = (ticket.cls, error.code)
-        self.admissions[key] = self.admissions.get(key, 0) + 1
+        self.admissions[ticket.cls, error.code] += 1
 
     def revoked(self, ticket: Ticket, model: str, launch_id: str) -> None:  # noqa: ARG002
         self.taken_back += 1

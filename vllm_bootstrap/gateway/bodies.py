@@ -100,9 +100,12 @@ def parse(raw: bytes) -> JsonBody:
     """Parse a body that must be a JSON object in UTF-8. Raises ``InvalidJson``, ``BadRequest``, ``PayloadTooLarge``."""
     refuse_too_fine(raw)
     try:
-        body = JsonBody(raw, raw.decode())
-        if not _read_at_once(body):
-            _walk(body)
+        text = raw.decode()
+        fields = _read_at_once(text)
+        if fields is not None:
+            return JsonBody(raw, text, fields, None)
+        body = JsonBody(raw, text)
+        _walk(body)
     except UnicodeDecodeError:
         raise InvalidJson("The body is not UTF-8") from None
     except json.JSONDecodeError as exc:
@@ -114,20 +117,18 @@ def parse(raw: bytes) -> JsonBody:
     return body
 
 
-def _read_at_once(body: JsonBody) -> bool:
-    """Read small plain objects without a step in Python for each field. False: ``_walk`` must look, which also finds
-    the words for what is wrong."""
-    text = body.text
+def _read_at_once(text: str) -> dict[str, Any] | None:
+    """Read small plain objects without a step in Python for each field. None: ``_walk`` must look, which also finds the
+    words for what is wrong."""
     if not text.startswith("{") or text.count("{") > _MOST_AT_ONCE:
-        return False
+        return None
+    fields: dict[str, Any]
     try:
         fields, end = _scan(text, 0)
     except (ValueError, StopIteration, RecursionError):
-        return False
-    if end != len(text) or len(fields) != _size_of_last[0] or len(fields) > MAX_FIELDS:
-        return False
-    body.fields = fields
-    return True
+        return None
+    size = len(fields)
+    return fields if end == len(text) and size == _size_of_last[0] and size <= MAX_FIELDS else None
 
 
 def _walk(body: JsonBody) -> None:

@@ -151,7 +151,9 @@ class Call(Passage):
         try:
             target, ticket = self._admit()
             self._wait()
-            self._place.ask(target, ticket, math.inf, math.inf)
+            instance = self._place.ask(target, ticket, math.inf, math.inf)
+            if instance is not None:
+                self._go(instance)
         except ApiError as error:
             self.fail(error)
 

@@ -172,7 +172,7 @@ def target_of(gateway: Gateway, entry: Entry, model: str | None, head: Head, int
         raise BadRequest("The request must name a model", param="model")
     before = sticky.named_before(entry.path, intake.fields) if entry.keeps_responses else None
     if before is None and entry.launch is None and model is not None:
-        return ByModel(model, (head.method, entry.path))
+        return tuple.__new__(ByModel, (model, (head.method, entry.path)))
     if model is not None and not principal.may_use(model):
         raise ModelNotFound(f"The model {model!r} does not exist or this key may not use it", param="model")
     if before is None:
@@ -191,7 +191,8 @@ def ticket_of(entry: Entry, intake: Intake, body_bytes: int) -> Ticket:
     prompt = estimates.prompt_tokens(body_bytes, intake.text)
     output = estimates.output_tokens(entry.path, fields, sequences)
     replayable = cls == "batch" and intake.in_memory > 0 and body_bytes <= REPLAYED_BYTES
-    return Ticket(principal.name, cls, sequences, prompt, principal, output, 0, body_bytes, replayable)
+    # As Ticket(…), without a call in between; so below.
+    return tuple.__new__(Ticket, (principal.name, cls, sequences, prompt, principal, output, 0, body_bytes, replayable))
 
 
 def render(
@@ -207,4 +208,4 @@ def render(
     upload = intake.upload
     length = upload.size if upload is not None else None if body is None else len(body)
     begin = headers.to_engine(head, entry.path, instance, body_length=length, request_id=request_id, cls=cls)
-    return Outgoing(begin, body, upload, intake.adds_usage)
+    return tuple.__new__(Outgoing, (begin, body, upload, intake.adds_usage))

@@ -29,6 +29,7 @@ from vllm_bootstrap.gateway.stages import OVER, QUEUED, RELAYING, TUNNEL, WAITIN
 from vllm_bootstrap.gateway.upstream import UpstreamConnection
 from vllm_bootstrap.scheduler import refusals
 from vllm_bootstrap.scheduler.tickets import ByModel, Target, Ticket
+from vllm_bootstrap.serving import Instance
 
 
 class Exchange(Passage):
@@ -47,7 +48,8 @@ class Exchange(Passage):
         self, gateway: Gateway, client: Client, head: Head, target: targets.ToModel | targets.ToLaunch
     ) -> None:
         wished = head.first(b"x-request-id")
-        super().__init__(gateway, head, (wished and headers.valid_request_id(wished)) or gateway.new_request_id())
+        request_id = (wished and headers.valid_request_id(wished)) or gateway.new_request_id()
+        Passage.__init__(self, gateway, head, request_id)
         self._client, self._target = client, target
         self._relay = Relay(client, head)
 
@@ -126,21 +128,23 @@ class Exchange(Passage):
         self._keeps_response = entry.keeps_responses and sticky.is_kept(entry.path, intake.fields)
         self._wait()
         if journey.stream and (entry.shows_progress or (model is not None and gateway.wants_progress(model))):
-            self._ask_aloud(target, ticket, entry)
+            instance = self._ask_aloud(target, ticket, entry)
         else:
-            self._place.ask(target, ticket, None, entry.hold_s)
+            instance = self._place.ask(target, ticket, None, entry.hold_s)
+        if instance is not None:
+            self._go(instance)
 
-    def _ask_aloud(self, target: Target, ticket: Ticket, entry: Entry) -> None:
+    def _ask_aloud(self, target: Target, ticket: Ticket, entry: Entry) -> Instance | None:
         """Ask for a place, and let the client hear how the load goes that it may have to wait for."""
         gateway, journey = self._gateway, self._journey
         if not isinstance(target, ByModel) or entry.path not in STREAMS:
-            self._place.ask(target, ticket, None, entry.hold_s)
-            return
+            return self._place.ask(target, ticket, None, entry.hold_s)
         # Once it has been told something it cannot be sent away to come again: it had better wait for the end.
-        self._place.ask(target, ticket, None, math.inf if entry.hold_s is None else entry.hold_s)
-        if self._stage is QUEUED:
+        instance = self._place.ask(target, ticket, None, math.inf if entry.hold_s is None else entry.hold_s)
+        if instance is None:
             line = functools.partial(gateway.progress_of, target.name)
             self._loading = Loading(self._relay, self.request_id, line, self._rate_lines, journey.queued_at)
+        return instance
 
     # Receiving
 
@@ -206,12 +210,10 @@ class Exchange(Passage):
         journey, entry = self._journey, self._entry
         launch_id = journey.instance.launch_id if journey.instance is not None else ""
         own = headers.own_headers(self.request_id, launch_id, journey.queue_ms)
-        rate = self._gateway.gate.rate(entry.principal) if entry is not None else None
-        return own if rate is None else own + rate.lines()
+        return own if entry is None else own + self._gateway.gate.rate_lines(entry.principal)
 
     def _rate_lines(self) -> bytes:
-        rate = self._gateway.gate.rate(self._entry.principal) if self._entry is not None else None
-        return b"" if rate is None else rate.lines()
+        return b"" if self._entry is None else self._gateway.gate.rate_lines(self._entry.principal)
 
     def _rate_headers(self) -> Headers:
         principal = self._entry.principal if self._entry is not None else known_key(self._gateway, self._head)

@@ -45,15 +45,16 @@ class Inbox:
     def take_head(self) -> bytes | None:
         """The next whole head, its empty line included; None when more must come. Raises ``ApiError`` as soon as it is
         clear that no valid head can come of it."""
-        if self.ahead.startswith(b"\r\n"):  # an empty line before a request is to be ignored
-            self.ahead = self.ahead[2:]
-            self._scanned = 0
         buffer = self.ahead
+        if buffer.startswith(b"\r\n"):  # an empty line before a request is to be ignored
+            self.ahead = buffer = buffer[2:]
+            self._scanned = 0
         end = buffer.find(_END_OF_HEAD, self._scanned)
         if end >= 0:
             self._scanned = 0
-            self.ahead = buffer[end + 4 :]
-            return buffer[: end + 4]
+            end += 4
+            self.ahead = buffer[end:]
+            return buffer[:end]
         self._scanned = max(0, len(buffer) - 3)
         if len(buffer) > self._limits.max_bytes:
             raise too_large(self._limits)
@@ -71,10 +72,13 @@ class Inbox:
         ahead, self.ahead = self.ahead, b""
         return ahead
 
-    def take_body(self) -> bytes:
-        """All of the current body, when it is here already and its length is known."""
-        length, ahead = self._unread or 0, self.ahead
+    def take_body(self, length: int) -> bytes | None:
+        """All of a body of this length, instead of ``expect``; None when more of it must come."""
+        ahead = self.ahead
+        if len(ahead) < length:
+            return None
         self._unread, self.ahead = 0, b""
+        self._waits_for_continue = False
         if len(ahead) == length:
             return ahead
         self.add_early(ahead[length:])

@@ -62,7 +62,6 @@ class Passage(Mishaps):
 
     def on_place(self, instance: Instance) -> None:
         """It is this request's turn."""
-        self._journey.queue_ms = self._place.queue_ms
         try:
             self._go(instance)
         except ApiError as error:
@@ -85,7 +84,9 @@ class Passage(Mishaps):
         self._deadline = math.inf
         self._wait()
         try:
-            self._place.again(why)
+            instance = self._place.again(why)
+            if instance is not None:
+                self._go(instance)
         except ApiError as error:
             self.fail(error if problem is None or self._gateway.draining else problem)
 
@@ -96,7 +97,7 @@ class Passage(Mishaps):
         entry, intake, journey = self._entry, self._intake, self._journey
         assert entry is not None  # noqa: S101 - set before a place is asked for
         assert intake is not None  # noqa: S101
-        journey.instance, journey.granted_at = instance, time.monotonic()
+        journey.instance, journey.granted_at, journey.queue_ms = instance, time.monotonic(), self._place.queue_ms
         cls = journey.ticket.cls if journey.ticket is not None else None
         outgoing = render(self._head, entry, intake, instance, cls, journey.id)
         self._stage = CONNECTING

@@ -22,7 +22,7 @@ class Holder(Protocol):
     """Who wants a place. All are called at most once for each ``ask`` or ``again``, none after ``leave``."""
 
     def on_place(self, instance: Instance) -> None:
-        """Here it is."""
+        """Here is what it has waited for."""
 
     def on_no_place(self, error: ApiError) -> None:
         """There will be none."""
@@ -44,52 +44,51 @@ class Place:
         self._tries = 1
         self.queue_ms = 0
 
-    def ask(self, target: Target, ticket: Ticket, deadline: float | None = None, hold_s: float | None = None) -> None:
-        """Ask for a place. ``on_place`` comes at once when there is one. ``deadline`` and ``hold_s``: see
-        ``Gate.request``. Raises the refusal."""
-        got = self._gate.request(target, ticket, deadline, hold_s)
-        if isinstance(got, Lease):
-            self._hold(got)
-        else:
-            self._await(got)
+    def ask(
+        self, target: Target, ticket: Ticket, deadline: float | None = None, hold_s: float | None = None
+    ) -> Instance | None:
+        """Ask for a place. Returns where it is; None: not yet, ``on_place`` or ``on_no_place`` will come. ``deadline``
+        and ``hold_s``: see ``Gate.request``. Raises the refusal."""
+        return self._take(self._gate.request(target, ticket, deadline, hold_s))
 
-    def again(self, why: Literal["revoked", "unreachable"]) -> None:
-        """This place is of no use: get another one. Raises the refusal; then there is none any more."""
+    def again(self, why: Literal["revoked", "unreachable"]) -> Instance | None:
+        """This place is of no use: get another one, as with ``ask``. Raises the refusal; then there is none any
+        more."""
         lease, self._lease = self._lease, None
         assert lease is not None  # noqa: S101 - only who holds one may ask again
         lease.on_revoked = None
         if why == "unreachable":
             self._tries += 1
-        got = lease.again(why)
-        if isinstance(got, Lease):
-            self._hold(got)
-        else:
-            self._await(got)
+        return self._take(lease.again(why))
 
     @property
     def may_fail_over(self) -> bool:
         """Whether to try another engine when this one cannot be reached."""
         return self._lease is not None and self._tries < MOST_ENGINES
 
-    def _await(self, pending: Pending) -> None:
-        self._pending = pending
-        pending.notify = self._on_outcome
+    def _take(self, got: Lease | Pending) -> Instance | None:
+        holder = self._holder
+        assert holder is not None  # noqa: S101 - nobody asks after ``leave``
+        if isinstance(got, Pending):
+            self._pending = got
+            got.notify = self._on_outcome
+            return None
+        self._lease = got
+        self.queue_ms = got.queue_ms
+        if got.ticket.replayable:  # no other place is ever taken back
+            got.on_revoked = holder.on_revoked
+        return got.instance
 
     def _on_outcome(self, outcome: Lease | ApiError) -> None:
         self._pending = None
-        if isinstance(outcome, ApiError):
-            assert self._holder is not None  # noqa: S101 - nobody is told anything after ``leave``
-            self._holder.on_no_place(outcome)
-            return
-        self._hold(outcome)
-
-    def _hold(self, lease: Lease) -> None:
         holder = self._holder
-        assert holder is not None  # noqa: S101 - likewise
-        self._lease = lease
-        self.queue_ms = lease.queue_ms
-        lease.on_revoked = holder.on_revoked
-        holder.on_place(lease.instance)
+        assert holder is not None  # noqa: S101 - nobody is told anything after ``leave``
+        if isinstance(outcome, ApiError):
+            holder.on_no_place(outcome)
+            return
+        instance = self._take(outcome)
+        assert instance is not None  # noqa: S101 - it is a lease
+        holder.on_place(instance)
 
     def first_byte(self, *, streamed: bool) -> None:
         """The answer has begun: the place is not taken back any more."""

@@ -124,7 +124,7 @@ class StrictProtocol(Claims, HttpToolsProtocol):
                 busy = self._answer_open or self._body_open or self._closing
         finally:
             self._advancing = False
-        if not (self._answer_open or self._body_open or self._closing):
+        if not (busy or self._closing):  # a head that was refused closes
             self._await_head()
 
     def _await_head(self) -> None:
@@ -157,18 +157,21 @@ class StrictProtocol(Claims, HttpToolsProtocol):
         return True
 
     def _begin(self, head: Head) -> None:
-        self.gateway.idle.pop(self, None)
-        self._inbox.expect(head)
+        gateway, inbox = self.gateway, self._inbox
+        gateway.idle.pop(self, None)
         self._head = head
-        self._keep = head.keep_alive and not (self.gateway.draining or self._stopping)
+        self._keep = head.keep_alive and not (gateway.draining or self._stopping)
         self._in_head = False
         self._deadline = _NEVER
         self._answer_open = True
         memory = head.memory
-        if memory is not None and memory.framed and len(self._inbox.ahead) >= (head.content_length or 0):
+        if memory is not None and memory.framed:
             # llhttp has framed this very head before, by the length that is counted here.
-            self.claimed_whole(head, self._inbox.take_body())
-            return
+            body = inbox.take_body(head.content_length or 0)
+            if body is not None:
+                self.claimed_whole(head, body)
+                return
+        inbox.expect(head)
         self._body_open = self._message_due = True
         if head.chunked or head.content_length:
             self._await_body()
@@ -176,8 +179,8 @@ class StrictProtocol(Claims, HttpToolsProtocol):
             self._begin_claimed(head)
         else:
             self.app_begins(head)
-        if self._body_open and self._inbox.ahead:
-            self._read_body(self._inbox.take_ahead())
+        if self._body_open and inbox.ahead:
+            self._read_body(inbox.take_ahead())
 
     def _begin_claimed(self, head: Head) -> None:
         if self._body_parser is None:
@@ -254,8 +257,8 @@ class StrictProtocol(Claims, HttpToolsProtocol):
 
     def closes_after_answer(self) -> bool:
         """Whether the connection cannot go on after this answer. Once said, it stays so."""
-        droppable = not self._body_open or self._inbox.rest_is_small
-        self._keep = self._keep and droppable and not self._inbox.overflowed
+        if self._inbox.overflowed or (self._body_open and not self._inbox.rest_is_small):
+            self._keep = False
         return not self._keep
 
     def answer_error(self, error: ApiError, request_id: str | None, own: Headers) -> None:
@@ -269,8 +272,11 @@ class StrictProtocol(Claims, HttpToolsProtocol):
         self._answer_open = False
         if self.closes_after_answer():
             self._close_softly()
-        elif not self._body_open:
-            self._advance()
+        elif not (self._body_open or self._advancing or self._closing):
+            if self._inbox.ahead:
+                self._advance()
+            else:
+                self._await_head()
 
     def cut(self) -> None:
         """Close at once: the answer cannot be ended properly."""

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from math import log
 
 from vllm_bootstrap.scheduler.budget_cap import GOOD_SAMPLES, SETTLE_S, Cap
 from vllm_bootstrap.scheduler.budget_floor import Floor
@@ -40,6 +41,7 @@ LISTEN_S, LISTEN_EVERY_S = 5.0, 60.0
 # single pause does not move it far.
 PACE_CHANGED, PACE_WEIGHT, LISTEN_ANEW_S, SHORTEST_GAP_S = math.log(2), 1 / 32, 20.0, 0.001
 RAMP_S = 0.25
+_QUICKEST = math.log(SHORTEST_GAP_S)
 KV_FULL, KV_EASY = 0.95, 0.85
 
 
@@ -72,7 +74,7 @@ class Budget(BatchBudget):
         self._batch_over_at = -math.inf
         self._arrived_at: float | None = None
         self._gap_s = 0.0
-        self._hold_s = min(policy.idle_after_s, LONGEST_HOLD_S)
+        self._hold_s = self._least_hold_s = min(policy.idle_after_s, LONGEST_HOLD_S)
         self._active_until = -math.inf
         self._listen_until = self._listen_again = self._listened_at = -math.inf
         # Logarithm of the seconds between two arrivals: lately, and when the baseline was made.
@@ -92,14 +94,17 @@ class Budget(BatchBudget):
     # Realtime
 
     def realtime_arrived(self, now: float) -> None:
-        if self._arrived_at is not None:
-            gap = min(now - self._arrived_at, LONGEST_HOLD_S)
-            self._gap_s += GAP_WEIGHT * (gap - self._gap_s)
-            if gap < self._hold_s:  # else realtime was idle meanwhile
-                pace = math.log(max(gap, SHORTEST_GAP_S))
-                self._pace = pace if self._pace is None else self._pace + PACE_WEIGHT * (pace - self._pace)
-            self._hold_s = min(max(self._policy.idle_after_s, PAUSES * self._gap_s), LONGEST_HOLD_S)
-        self._arrived_at = now
+        arrived_at, self._arrived_at = self._arrived_at, now
+        if arrived_at is not None:
+            gap, hold_s, usual = now - arrived_at, self._hold_s, self._gap_s
+            if gap < hold_s:  # else realtime was idle meanwhile
+                pace, before = log(gap) if gap > SHORTEST_GAP_S else _QUICKEST, self._pace
+                self._pace = pace if before is None else before + PACE_WEIGHT * (pace - before)
+            else:
+                gap = min(gap, LONGEST_HOLD_S)
+            self._gap_s = usual = usual + GAP_WEIGHT * (gap - usual)
+            if hold_s != self._least_hold_s or PAUSES * usual > hold_s:
+                self._hold_s = min(max(self._least_hold_s, PAUSES * usual), LONGEST_HOLD_S)
         if now >= self._listen_again and not self._cap.knows(now):
             self._listen(now)
         elif now >= self._listened_at + LISTEN_ANEW_S and self._pace_changed():
@@ -120,8 +125,9 @@ class Budget(BatchBudget):
 
     def realtime_granted(self, sequences: int, prompt_tokens: int, now: float) -> None:  # noqa: ARG002
         self._realtime += sequences
-        if self._cap.baseline_s is not None:
-            self._pacing.realtime(self._cap.baseline_s, now)
+        baseline_s = self._cap.baseline_s
+        if baseline_s is not None:
+            self._pacing.realtime(baseline_s, now)
         self._active_until = max(self._active_until, now + self._hold_s)
 
     def realtime_began(self, ttft_s: float, now: float) -> None:

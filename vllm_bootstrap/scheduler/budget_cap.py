@@ -46,6 +46,8 @@ class Cap:
         self._told = 0
         self._changed_at = -math.inf
         self._median = self._tail = 0.0
+        self.baseline_s: float | None = None
+        """The middle of what realtime is like alone."""
         self._value: float | None = None
 
     def value(self, ceiling: int) -> int:
@@ -53,11 +55,6 @@ class Cap:
         if self._value is None:
             self._value = max(1.0, ceiling / 32)
         return min(int(self._value), ceiling)
-
-    @property
-    def baseline_s(self) -> float | None:
-        """The middle of what realtime is like alone."""
-        return self._median if self._alone else None
 
     @property
     def recent_s(self) -> float | None:
@@ -77,6 +74,7 @@ class Cap:
         self._told += 1
         if len(self._alone) <= MIN_SAMPLES or self._told % MIN_SAMPLES == 0:
             self._median, self._tail = _part(self._alone, 0.5), _part(self._alone, TAIL)
+            self.baseline_s = self._median
 
     def forget(self) -> None:
         """Realtime alone may not be any more what it was: the next answers without batch replace the baseline. Until

@@ -132,7 +132,8 @@ class Launch:
 
     def fits(self, request: Request) -> bool:
         """Whether there are slots for a realtime request."""
-        return self.sequences + self.cost_of(request) <= self.slots
+        running, slots = self.sequences, self.slots
+        return running + request.ticket.sequences <= slots or running + self.cost_of(request) <= slots
 
     def fits_batch(self, request: Request, now: float) -> bool:
         """Whether there are slots and budget for a batch request."""
@@ -156,15 +157,15 @@ class Launch:
 
     def start(self, request: Request, number: int, now: float, *, promoted: bool = False) -> None:
         """``request`` gets its slots. ``number`` counts grants."""
-        request.launch, request.granted_at, request.grant_number = self, now, number
+        request.launch, request.granted_at = self, now
+        request.grant_number = self.last_grant = number
         request.promoted, request.began = promoted, False
-        cost = self.cost_of(request)
+        ticket, cost = request.ticket, self.cost_of(request)
         if promoted and cost > self.free:
             cost = self.free
         request.cost = cost
-        self.last_grant = number
-        ticket = request.ticket
-        if ticket.cls == "realtime":
+        cls = ticket.cls
+        if cls == "realtime":
             self.budget.realtime_granted(cost, ticket.prompt_tokens, now)
         else:
             if promoted:
@@ -175,7 +176,7 @@ class Launch:
             if ticket.replayable and not promoted and request.taken_back < MAX_TAKEN_BACK:
                 self.revocable[request.id] = request
         self.sequences += cost
-        self.in_flight[ticket.cls] += 1
+        self.in_flight[cls] += 1
 
     def began(self, request: Request, now: float, *, streamed: bool) -> None:
         """The answer has begun: too late to take it back."""

@@ -22,17 +22,7 @@ from vllm_bootstrap.scheduler.admission import MAX_QUEUED_BYTES, Admission, defa
 from vllm_bootstrap.scheduler.leases import Lease, Pending
 from vllm_bootstrap.scheduler.limits import RateState
 from vllm_bootstrap.scheduler.ports import BatchBudget, BudgetReport, Demand, EngineSignals, Prospects
-from vllm_bootstrap.scheduler.tickets import (
-    ByLaunch,
-    ByModel,
-    Grant,
-    Reject,
-    Revoke,
-    Target,
-    Ticket,
-    Usage,
-    Watcher,
-)
+from vllm_bootstrap.scheduler.tickets import ByLaunch, ByModel, Grant, Reject, Revoke, Target, Ticket, Usage, Watcher
 from vllm_bootstrap.serving import Advert, Instance, LoadReport, RequestClass
 
 __all__ = ["ByLaunch", "ByModel", "Gate", "Lease", "Pending", "Target", "Ticket"]
@@ -174,7 +164,8 @@ class Gate:
         if grant is None:
             return self._wait(request_id, ticket, deadline, self._queue_timeout_s, now, hold_s)
         lease = self._lease(grant, ticket, deadline, self._queue_timeout_s, hold_s)
-        if self._outcome.effects or self._outcome.batch_waiting:
+        outcome = self._outcome
+        if outcome.effects or outcome.batch_waiting:
             self._carry_out(now)
         return lease
 
@@ -237,6 +228,10 @@ class Gate:
     def rate(self, principal: Principal) -> RateState | None:
         return self._limits.rate(principal, monotonic())
 
+    def rate_lines(self, principal: Principal) -> bytes:
+        """The same as lines of an answer's head, empty for a key without such limits."""
+        return self._limits.lines(principal, monotonic())
+
     # From leases, waiters and timers
 
     def began(self, request_id: int, *, streamed: bool) -> None:
@@ -256,7 +251,8 @@ class Gate:
         self._revocable.pop(request_id, None)
         now = monotonic()
         self._admission.done(request_id, now, worked=worked)
-        if self._outcome.effects or self._outcome.batch_waiting:
+        outcome = self._outcome
+        if outcome.effects or outcome.batch_waiting:
             self._carry_out(now)
 
     def again(self, request_id: int, lease: Lease) -> Lease | Pending:
@@ -308,10 +304,11 @@ class Gate:
         lease = Lease(self, grant, ticket, deadline, patience_s, hold_s)
         if ticket.replayable and ticket.cls == "batch":
             self._revocable[grant.request] = lease
-        if self._watcher is not None:
+        watcher = self._watcher
+        if watcher is not None:
             if grant.promoted:
-                self._watcher.promoted(ticket, grant)
-            self._watcher.admitted(ticket, grant)
+                watcher.promoted(ticket, grant)
+            watcher.admitted(ticket, grant)
         return lease
 
     def _rejected(self, ticket: Ticket, model: str, error: ApiError) -> None:

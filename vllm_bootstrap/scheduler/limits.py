@@ -56,16 +56,6 @@ class RateState(NamedTuple):
             return () if requests is None else _lines(_REQUESTS, requests)
         return _lines(_TOKENS, tokens) if requests is None else _lines(_REQUESTS, requests) + _lines(_TOKENS, tokens)
 
-    def lines(self) -> bytes:
-        """The same as lines of a head."""
-        requests, tokens = self
-        lines = b""
-        if requests is not None:
-            lines = _REQUEST_LINES % (requests.limit, requests.remaining, ceil(requests.reset_s))
-        if tokens is not None:
-            lines += _TOKEN_LINES % (tokens.limit, tokens.remaining, ceil(tokens.reset_s))
-        return lines
-
 
 _REQUEST_LINES, _TOKEN_LINES = (b"%b: %%d\r\n%b: %%d\r\n%b: %%ds\r\n" % names for names in (_REQUESTS, _TOKENS))
 
@@ -173,6 +163,23 @@ class KeyLimits:
         account = self._accounts.get(principal.name) or self._open(principal.name, now)
         requests = None if most is None else _share(account.requests, most, now)
         return RateState(requests, None if most_tokens is None else _share(account.tokens, most_tokens, now))
+
+    def lines(self, principal: Principal, now: float) -> bytes:
+        """The headers of ``rate`` as lines of a head: they go with each answer."""
+        most, most_tokens = principal.requests_per_minute, principal.tokens_per_minute
+        if most is None and most_tokens is None:
+            return b""
+        account = self._accounts.get(principal.name) or self._open(principal.name, now)
+        lines = b""
+        if most is not None:
+            requests = account.requests
+            left = most - requests.total(now)
+            lines = _REQUEST_LINES % (most, max(0, left), ceil(requests.empty_in(now)))
+        if most_tokens is not None:
+            tokens = account.tokens
+            left = most_tokens - tokens.total(now)
+            lines += _TOKEN_LINES % (most_tokens, max(0, left), ceil(tokens.empty_in(now)))
+        return lines
 
     def parallel(self, name: str) -> int:
         """Requests of the key ``name`` that are queued or running."""

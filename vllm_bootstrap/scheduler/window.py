@@ -80,7 +80,8 @@ class Moments:
 
     def empty_in(self, now: float) -> float:
         """Seconds until nothing of it is left."""
-        return _left(self._times[-1], now) if self._times else 0.0
+        times = self._times
+        return _left(times[-1], now) if times else 0.0
 
     def less_in(self, amount: int, now: float) -> float:
         """Seconds until there are ``amount`` (1 or more) less than now; a full window when there are not so many."""

@@ -251,9 +251,17 @@ def test_the_token_limit_alone_is_told_in_three() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("requests", [None, 0, 7])
-@pytest.mark.parametrize("tokens", [None, 0, 900])
+@pytest.mark.parametrize("requests", [None, 2, 7])
+@pytest.mark.parametrize("tokens", [None, 30, 900])
 def test_headers_say_the_same_as_lines_of_a_head(requests: int | None, tokens: int | None) -> None:
-    shares = [None if limit is None else Share(limit, limit // 2, limit / 15) for limit in (requests, tokens)]
-    state = RateState(*shares)
-    assert state.lines() == b"".join(b"%b: %b\r\n" % header for header in state.headers())
+    principal = Principal("p", frozenset(), requests_per_minute=requests, tokens_per_minute=tokens)
+    limits = KeyLimits()
+    limits.check(principal, ticket(0), 0.0)
+    for now in (0.0, 10.5, 30.2, 59.9, 60.0, 60.1, 100.0):
+        state = limits.rate(principal, now)
+        told = () if state is None else state.headers()
+        assert limits.lines(principal, now) == b"".join(b"%b: %b\r\n" % header for header in told)
+        if now < 30:
+            limits.enter(principal, ticket(29), now)
+            if charge := limits.enter(principal, ticket(1), now):
+                limits.settle(charge, 2, now)  # beyond both limits, where they are small: nothing below 0 is told
