@@ -264,8 +264,7 @@ class Call(Passage):
         usage = None
         if status == _OK and connection.answer.kind == b"application/json":
             journey.tap = tap = BodyTap(self._remember if self._keeps_response else None)
-            tap.feed(body)
-            tap.end()
+            tap.end(body)
             usage = tap.usage
         reply = Reply(status, body, instance.launch_id, self.request_id, usage, self._place.queue_ms)
         self._end(status, None)

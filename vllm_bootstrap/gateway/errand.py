@@ -88,14 +88,16 @@ class Errand:
         assert outgoing is not None  # noqa: S101 - kept until an answer begins
         assert sender is not None  # noqa: S101 - until the end
         sender.on_sending(connection, now)
-        body = outgoing.body or b""
-        first = outgoing.head + body if len(body) <= _JOINED_BYTES else outgoing.head
+        first, body, upload, _ = outgoing
+        if body is not None and len(body) <= _JOINED_BYTES:
+            first += body
+            body = None
         connection.start(sender, first, now=now, head_only=head.method == "HEAD", upgrade=self.upgrade)
-        if len(body) > _JOINED_BYTES:
+        if body is not None:
             connection.write(body)
-        if outgoing.upload is not None:
+        if upload is not None:
             self.sent_all = False
-            self._sending = transfer.Sending(outgoing.upload, connection, self._sent)
+            self._sending = transfer.Sending(upload, connection, self._sent)
 
     def _sent(self, problem: ApiError | None) -> None:
         self._sending = None

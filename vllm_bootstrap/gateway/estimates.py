@@ -41,8 +41,9 @@ def output_tokens(path: str, fields: Mapping[str, Any], sequences: int) -> int:
         return 0
     limit = OUTPUT_TOKENS
     for name in _LIMITS:
-        stated = fields.get(name)
-        if isinstance(stated, int) and not isinstance(stated, bool) and stated >= 0:
-            limit = stated
-            break
+        if name in fields:
+            stated = fields[name]
+            if isinstance(stated, int) and not isinstance(stated, bool) and stated >= 0:
+                limit = stated
+                break
     return min(MOST_TOKENS, limit * sequences)

@@ -187,12 +187,12 @@ class Exchange(Passage):
         """The answer begins: from here on nothing is sent again, and nothing need be kept for it."""
         self._stage = RELAYING
         self._deadline = self._loop.time() + self._gateway.limits.upstream_idle_timeout_s
-        errand = self._errand
+        errand, reading = self._errand, self._reading
         outgoing, errand.outgoing = errand.outgoing, None
         drops_usage = outgoing is not None and outgoing.adds_usage
-        if errand.sent_all and self._reading is not None:
+        if errand.sent_all and reading is not None:
             self._holds_body = False
-            self._reading.drop()
+            reading.drop()
         on_id = self._remember if self._keeps_response else None
         relay, journey = self._relay, self._journey
         lead = relay.begin(connection, self._own_headers(), drops_usage=drops_usage, on_id=on_id)
@@ -313,11 +313,13 @@ class Exchange(Passage):
         journey, reading, relay, tunnel = self._journey, self._reading, self._relay, self._tunnel
         worked = self._stage >= WAITING and not (relay.begun and relay.status >= 400)
         spent = self._leave(worked=worked)
+        bytes_out = relay.bytes_out
         if reading is not None:
             journey.bytes_in = reading.bytes_in
-            reading.stop()
             if self._holds_body:
+                reading.stop()
                 reading.drop()
-        in_tunnel, out_tunnel = (tunnel.bytes_in, tunnel.bytes_out) if tunnel is not None else (0, 0)
-        journey.bytes_in += in_tunnel
-        self._gateway.record(journey.record(status, code, spent, relay.bytes_out + out_tunnel))
+        if tunnel is not None:
+            journey.bytes_in += tunnel.bytes_in
+            bytes_out += tunnel.bytes_out
+        self._gateway.record(journey.record(status, code, spent, bytes_out))

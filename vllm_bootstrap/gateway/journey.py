@@ -69,9 +69,10 @@ class Journey:
         """The end. ``spent`` is what ``spent()`` says."""
         now = time.monotonic()
         duration = now - self._started_at
-        head, instance, ticket, began = self._head, self.instance, self.ticket, self.first_byte_at
-        usage = None if self.tap is None else self.tap.usage
-        made = spent.completion_tokens if spent is not None else None
+        head, instance, ticket, began, tap = self._head, self.instance, self.ticket, self.first_byte_at, self.tap
+        usage = None if tap is None else tap.usage
+        made = None if spent is None else spent.completion_tokens
+        granted_at = self.granted_at
         # As RequestRecord(…), without a call in between.
         return tuple.__new__(RequestRecord, (
             self.request_id,
@@ -83,15 +84,15 @@ class Journey:
             self._served_name(code),
             instance.launch_id if instance is not None else None,
             ticket.cls if ticket is not None else None,
-            self._waited_ms(now),
+            self._waited_ms(now) if self.queued_at > granted_at else self.queue_ms,
             time.time() - duration,
             duration,
-            None if began is None else began - self.granted_at,
+            None if began is None else began - granted_at,
             self.bytes_in,
             bytes_out,
             usage.prompt_tokens if usage is not None else None,
             made,
-            self._between_tokens(made, now) if began is not None and made is not None else None,
+            None if made is None or began is None else self._between_tokens(made, now),
             self.stream,
         ))  # fmt: skip
 

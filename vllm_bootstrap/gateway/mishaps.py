@@ -69,9 +69,9 @@ class Mishaps:
 
 def _guarded(step: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(step)
-    def guarded(self: Mishaps, *args: Any, **kwargs: Any) -> None:
+    def guarded(self: Mishaps, *args: Any) -> None:
         try:
-            step(self, *args, **kwargs)
+            step(self, *args)
         except Exception:  # noqa: BLE001 - that is what it is for
             self.on_crash()
 

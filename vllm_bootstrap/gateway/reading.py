@@ -46,10 +46,10 @@ class Reading:
     def take(self, body: bytes) -> None:
         """All of it at once, without ``done``; not for uploads. Raises what is wrong with it."""
         self._done = None
-        self.bytes_in = self._reserved = len(body)
+        self.bytes_in = self._reserved = size = len(body)
         gateway = self._gateway
-        gateway.body_bytes += len(body)
-        if gateway.body_bytes > gateway.limits.body_budget_bytes:
+        gateway.body_bytes = held = gateway.body_bytes + size
+        if held > gateway.limits.body_budget_bytes:
             raise _too_much()
         self.intake.feed(body)
 
@@ -88,12 +88,10 @@ class Reading:
 
     def drop(self) -> None:
         """The body is not needed any more. Idempotent."""
-        if self._dropped:
-            return
-        self._dropped = True
-        self._gateway.body_bytes -= self._reserved
-        self._reserved = 0
-        self.intake.close()
+        if not self._dropped:
+            self._dropped = True
+            self._gateway.body_bytes -= self._reserved
+            self.intake.close()
 
 
 def _too_much() -> ApiError:

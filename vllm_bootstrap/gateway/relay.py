@@ -117,23 +117,24 @@ class Relay:
         self._connection = connection
         self.is_events = is_events = answer.is_events
         if head.method == "HEAD" or status in _NO_BODY:
-            self._mode = "none"
+            mode = "none"
             own += self._framing_of_nothing(connection)
         elif length is not None and not (is_events and drops_usage):
-            self._mode = "length"
+            mode = "length"
             own += b"content-length: %b\r\n" % length
         elif head.minor_version:
-            self._mode = "chunked"
+            mode = "chunked"
             own += _CHUNKED
         else:
-            self._mode = "close"
-        if status == 200 and answer.kind and self._mode != "none":
+            mode = "close"
+        self._mode = mode
+        if status == 200 and answer.kind and mode != "none":
             self.tap = make_tap(head.path, answer.kind, drops_usage=drops_usage, on_id=on_id)
         if connection.date is not None and not answer.drops_date:
             own += b"date: %b\r\n" % connection.date
         if is_events:
             own += b"x-accel-buffering: no\r\n"
-        close = self._client.closes_after_answer() or self._mode == "close"
+        close = self._client.closes_after_answer() or mode == "close"
         return headers.to_client(answer, own, close=close)
 
     def _framing_of_nothing(self, connection: UpstreamConnection) -> bytes:
@@ -176,25 +177,25 @@ class Relay:
 
     def deliver(self, connection: UpstreamConnection, lead: bytes = b"") -> None:
         """Write what has come; pause the engine when the client does not keep up."""
-        tap, mode = self.tap, self._mode
+        tap, mode, complete, client = self.tap, self._mode, connection.complete, self._client
         parts = connection.parts
         piece = parts.pop() if len(parts) == 1 else connection.take()
         if tap is not None:
-            if piece:
+            if complete:
+                piece = tap.end(piece)
+            elif piece:
                 piece = tap.feed(piece)
-            if connection.complete:
-                piece += tap.end()
         if piece and mode != "none":
-            self.bytes_out += len(piece)
+            size = len(piece)
+            self.bytes_out += size
             self._last = piece[-4:]
-            lead += b"%x\r\n%b\r\n" % (len(piece), piece) if mode == "chunked" else piece
-        if connection.complete and mode == "chunked":
+            lead += b"%x\r\n%b\r\n" % (size, piece) if mode == "chunked" else piece
+        if complete and mode == "chunked":
             lead += headers.trailers_to_client(connection.trailers)
         if lead:
-            self._client.transport.write(lead)
-        if self._client.write_paused:
+            client.transport.write(lead)
+        if client.write_paused:
             connection.pause()
-            self._last = self._last[-4:]  # its end is all that ``fail`` looks at; a slow reader must not cost it twice
 
     def has_moved(self) -> bool:
         """Whether anything has come since this was last asked."""

@@ -46,8 +46,8 @@ class Tap(Protocol):
     def feed(self, data: bytes) -> bytes:
         """Look at what has come; returns what is to be passed on now."""
 
-    def end(self) -> bytes:
-        """The answer is complete. Returns what was still held back and is to be passed on."""
+    def end(self, last: bytes = b"") -> bytes:
+        """The answer is complete with ``last``. Returns what is to be passed on of that and of what was held back."""
 
 
 def make_tap(
@@ -87,12 +87,13 @@ class EventTap:
             return data
         return self._look(data)
 
-    def end(self) -> bytes:
+    def end(self, last: bytes = b"") -> bytes:
+        passed_on = self.feed(last) if last else b""
         rest = self._held[self._passed :]
         self.tokens += self._skipping
         if self._skipping or not self._held or self._keeps(self._held):
-            return rest
-        return b""
+            return passed_on + rest
+        return passed_on
 
     def _look(self, data: bytes) -> bytes:
         data, passed = self._held + data, self._passed
@@ -170,21 +171,24 @@ class BodyTap:
         self._tail = data[-LOOK_BYTES:] if len(data) >= LOOK_BYTES else (self._tail + data)[-LOOK_BYTES:]
         return data
 
-    def end(self) -> bytes:
-        found: Mapping[str, Any] | None = None
-        if _MARK in self._tail:
-            found = _usage_at_end(self._tail, (1,))
-        head = b"".join(self._head) if found is None or self._on_id is not None else b""
+    def end(self, last: bytes = b"") -> bytes:
+        if self._head:
+            self.feed(last)
+            head, tail = b"".join(self._head), self._tail
+            self._head, self._tail = [], b""
+        else:  # it came in one piece
+            head, tail = last[:LOOK_BYTES], last[-LOOK_BYTES:]
+        found = _usage_at_end(tail, (1,)) if _MARK in tail else None
         if found is None and _MARK in head:
             found = _usage_at_start(head)
         if found is not None:
             self.usage = read_usage(found, None)
             self.tokens = self.usage.completion_tokens if self.usage is not None else 0
-        named = _RESPONSE_ID.search(head) if self._on_id is not None else None
-        if named is not None and self._on_id is not None:
-            self._on_id(named[1].decode())
-        self._head, self._tail = [], b""
-        return b""
+        if self._on_id is not None:
+            named = _RESPONSE_ID.search(head)
+            if named is not None:
+                self._on_id(named[1].decode())
+        return last
 
 
 def read_usage(fields: Mapping[str, Any], before: Usage | None) -> Usage | None:
