@@ -1,9 +1,11 @@
-"""Heads that come again: clients repeat a request's head byte for byte, but for the length of its body.
+"""Heads that come again: clients repeat a request's head byte for byte, but for the length of its body and for ids by
+which the request is traced.
 
-Invariant: a head is recognised only when every byte but the digits of one plain ``Content-Length`` is as in a head that
-passed ``parse_head`` and the guard before, so it has the same meaning and only its length is new. Whether its key may
-still come in is asked each time. Nothing here holds a credential: heads are known by a keyed hash under a secret of
-this process, and what is kept of them is without the headers that carry keys. Knows no sockets and no queues.
+Invariant: a head is recognised only when every byte but the values of ``CHANGING`` headers, each plainly written, is as
+in a head that passed ``parse_head`` and the guard before. Nothing is decided by those values beyond the body's length
+and the request's id, so it has the same meaning. Whether its key may still come in is asked each time. Nothing here
+holds a credential: heads are known by a keyed hash under a secret of this process, and what is kept of them is without
+the headers that carry keys. Knows no sockets and no queues.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_bootstrap.auth.guard import Pass
 from vllm_bootstrap.gateway.head import Head, HeadLimits, parse_head
+from vllm_bootstrap.gateway.headers import connection_options
 
 if TYPE_CHECKING:
     from vllm_bootstrap.gateway.targets import ToLaunch, ToModel
@@ -24,23 +28,52 @@ MOST_HEADS = 1024
 MOST_BYTES = 4096
 """Of one head. Together these bound what strangers with a key can make us keep."""
 
-_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ?([1-9][0-9]{0,17})\r\n")
+CHANGING = frozenset({b"content-length", b"x-request-id", b"traceparent", b"tracestate"})
+# A header line of these up to its value, and that, which holds neither blanks nor control characters.
+_CHANGING = re.compile(
+    rb"(\r\n(?:[Cc]ontent-[Ll]ength: ?(?=[1-9][0-9]{0,17}\r\n)"
+    rb"|(?:[Xx]-[Rr]equest-[Ii][Dd]|[Tt]race(?:parent|state)): ?))([!-~]{1,256})(?=\r\n)"
+)
 _SECRET = frozenset({b"authorization", b"x-api-key", b"api-key", b"cookie", b"proxy-authorization"})
-_NOT_KEPT = _SECRET | {b"content-length"}  # a head says its length by itself
+_NOT_KEPT = _SECRET | CHANGING  # a head says them by itself
 
 
 class Memory:
     """One head: as read, without credentials, and what was decided about it (an ``Entry``). ``framed``: llhttp has read
-    a whole request with it. ``rendered``: what engines are sent for it, by whoever renders it."""
+    a whole request with it. ``rendered``: what engines are sent for it, by whoever renders it. ``changing``: the names
+    of its headers whose values are new each time, in their order."""
 
-    __slots__ = ("entry", "framed", "head", "permit", "rendered", "target")
+    __slots__ = ("_id_at", "_length_at", "_traces", "entry", "framed", "head", "permit", "rendered", "target")
 
-    def __init__(self, head: Head, target: ToModel | ToLaunch, entry: Any, permit: Pass) -> None:
+    def __init__(
+        self,
+        head: Head,
+        target: ToModel | ToLaunch,
+        entry: Any,
+        permit: Pass,
+        changing: Sequence[bytes] = (b"content-length",),
+    ) -> None:
         kept = [header for header in head.headers if header[0] not in _NOT_KEPT]
         self.head = replace(head, headers=kept, raw=b"", _fields=dict(kept[::-1]), memory=None)
         self.target, self.entry, self.permit = target, entry, permit
         self.framed = False
         self.rendered: dict[tuple[str, str], tuple[object, bytes, bytes, bytes]] = {}
+        self._length_at = changing.index(b"content-length")
+        self._id_at = changing.index(b"x-request-id") if b"x-request-id" in changing else None
+        self._traces = [(at, name) for at, name in enumerate(changing) if name.startswith(b"trace")]
+
+    def once_more(self, raw: bytes, values: list[bytes]) -> Head:
+        """The head ``raw``, which is this one but for these values."""
+        known, id_at = self.head, self._id_at
+        fields, traces = known._fields, b""
+        if id_at is not None and fields is not None:
+            fields = {**fields, b"x-request-id": values[id_at]}
+        for at, name in self._traces:
+            traces += b"%b: %b\r\n" % (name, values[at])
+        return Head(
+            known.method, known.path, known.query, known.minor_version, known.headers, int(values[self._length_at]),
+            False, known.keep_alive, False, None, raw, fields, self, b"", traces,
+        )  # fmt: skip
 
 
 class FamiliarHeads:
@@ -55,20 +88,16 @@ class FamiliarHeads:
 
     def read(self, raw: bytes) -> Head:
         """``parse_head``, or the same by heart. Raises ``ApiError``."""
-        length = _LENGTH.search(raw)
-        if length is None or len(raw) > self._most_bytes:
+        # No head that was let in holds a NUL, which marks the places of values: none of its own must feign one.
+        if len(raw) > self._most_bytes or b"\0" in raw:
             return parse_head(raw, self._limits)
-        name = self._name(raw, length)
+        name, _, values = self._look(raw)
         memory = self._known.get(name)
         if memory is None:
             fresh = parse_head(raw, self._limits)
             fresh.likeness = name
             return fresh
-        known = memory.head
-        return Head(
-            known.method, known.path, known.query, known.minor_version, known.headers, int(length[1]), False,
-            known.keep_alive, False, None, raw, known._fields, memory,
-        )  # fmt: skip
+        return memory.once_more(raw, values)
 
     def comes_again(self, head: Head) -> bool:
         """Whether a head that was read just now and is not known was seen before: only those are worth being
@@ -85,16 +114,23 @@ class FamiliarHeads:
 
     def remember(self, head: Head, target: ToModel | ToLaunch, entry: Any, permit: Pass) -> None:
         """A head was let in. Only requests with a body of known length are worth it: the others are rare."""
-        length = _LENGTH.search(head.raw)
         plain = not (head.chunked or head.expects_continue) and head.first(b"upgrade") is None
-        if length is None or not plain or len(head.raw) > self._most_bytes:
+        if not plain or len(head.raw) > self._most_bytes:
+            return
+        name, starts, _ = self._look(head.raw)
+        changing = [start[2:].partition(b":")[0].lower() for start in starts]
+        # One that is written in some other way, or is not for the engine, would be lost.
+        all_changing = [name for name, _ in head.headers if name in CHANGING]
+        if b"content-length" not in changing or changing != all_changing or CHANGING & connection_options(head.headers):
             return
         if len(self._known) >= MOST_HEADS:
             del self._known[next(iter(self._known))]
-        self._known[self._name(head.raw, length)] = Memory(head, target, entry, permit)
+        self._known[name] = Memory(head, target, entry, permit, changing)
 
-    def _name(self, raw: bytes, length: re.Match[bytes]) -> bytes:
-        # No head that was let in holds a NUL, so that the place of the digits cannot be feigned.
-        start, end = length.span(1)
-        same = b"%b\0%b" % (raw[:start], raw[end:])
-        return hashlib.blake2b(same, key=self._secret, digest_size=16).digest()
+    def _look(self, raw: bytes) -> tuple[bytes, list[bytes], list[bytes]]:
+        """What a head would be known by, and its changing headers: lines up to the values, and these."""
+        parts = _CHANGING.split(raw)
+        values = parts[2::3]
+        del parts[2::3]
+        name = hashlib.blake2b(b"\0".join(parts), key=self._secret, digest_size=16).digest()
+        return name, parts[1::2], values

@@ -56,7 +56,8 @@ class Head:
     (percent-encoding kept), ``query`` without the question mark. ``content_length`` is None without one.
     ``keep_alive`` is the client's wish. ``upgrade`` is the lower-case protocol of a well-formed upgrade. ``raw`` is the
     head for llhttp: as it came, but without an upgrade, which would end the request there and leave its body over.
-    ``memory`` is what ``familiar`` knows of an earlier head that was the same, ``likeness`` what it would know it by.
+    ``memory`` is what ``familiar`` knows of an earlier head that was the same, ``likeness`` what it would know it by,
+    ``traces`` are then lines for the engine that are not among ``headers``, because they are new each time.
     """
 
     method: str
@@ -73,6 +74,7 @@ class Head:
     _fields: dict[bytes, bytes] | None = field(default=None, repr=False)
     memory: Any = field(default=None, repr=False)
     likeness: bytes = field(default=b"", repr=False)
+    traces: bytes = field(default=b"", repr=False)
 
     @property
     def has_body(self) -> bool:

@@ -98,8 +98,10 @@ def to_engine(
             memory.rendered[instance.launch_id, cls] = known
     _, before, between, after = known
     if body_length is None:
-        return b"%b%b%b%b" % (before, request_id.encode("ascii"), between, after)
-    return b"%b%b%bcontent-length: %d\r\n%b" % (before, request_id.encode("ascii"), between, body_length, after)
+        return b"%b%b%b%b%b" % (before, request_id.encode("ascii"), between, head.traces, after)
+    return b"%b%b%bcontent-length: %d\r\n%b%b" % (
+        before, request_id.encode("ascii"), between, body_length, head.traces, after,
+    )  # fmt: skip
 
 
 def _around_the_id(head: Head, path: str, instance: Instance, cls: RequestClass) -> tuple[bytes, bytes, bytes]:

@@ -411,6 +411,27 @@ def test_a_route_that_is_gone_when_its_turn_comes(tmp_path: Path) -> None:
     run(main())
 
 
+def test_each_request_keeps_the_ids_by_which_it_is_traced(tmp_path: Path) -> None:
+    """Also when its head is otherwise one that was read before."""
+
+    async def main() -> None:
+        async with running(tmp_path) as plane, RawUpstream(tmp_path / "e").running() as engine:
+            plane.announce(instance(engine.endpoint))
+            for number in range(5):
+                name, trace = f"mine-{number}", f"00-{number:032x}-b7ad6b7169203331-01"
+                headers = [("X-Request-Id", name), ("traceparent", trace), ("tracestate", f"n={number}"), ("X-A", "b")]
+                reply = await plane.ask(headers=headers, body={"model": "model", "prompt": "x" * number})
+                assert (reply.status, reply.header("x-request-id")) == (200, name)
+                visit = engine.requests[-1]
+                assert visit.header(b"x-request-id") == [name.encode()]
+                assert visit.header(b"traceparent") == [trace.encode()]
+                assert visit.header(b"tracestate") == [b"n=%d" % number]
+                assert visit.header(b"x-a") == [b"b"]
+                assert json.loads(visit.body)["prompt"] == "x" * number
+
+    run(main())
+
+
 def test_an_engine_is_never_told_the_same_id_twice_at_once(tmp_path: Path) -> None:
     release = asyncio.Event()
 

@@ -51,6 +51,72 @@ def test_only_the_length_may_differ(length: bytes) -> None:
     assert got.headers == [(b"host", b"h"), (b"x-priority", b"batch")]
 
 
+TRACED = RAW.replace(b"Host: h\r\n", b"X-Request-Id: one\r\nTraceparent: 00-1\r\nHost: h\r\ntracestate: a=1,b=2\r\n")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"00-1", b"00-2"),
+        (b"a=1,b=2", b"c=3"),
+        (b": one", b": two"),
+        (b": 12", b": 34"),
+        (b"one\r\nTraceparent: 00-1", b"!\r\nTraceparent: " + b"~" * 256),
+    ],
+)
+def test_ids_by_which_a_request_is_traced_are_its_own(old: bytes, new: bytes) -> None:
+    heads, raw = knowing(TRACED), TRACED.replace(old, new)
+    got, plain = heads.read(raw), parse_head(raw, HeadLimits())
+    assert got.memory is not None
+    assert (got.content_length, got.raw) == (plain.content_length, raw)
+    assert got.first(b"x-request-id") == plain.first(b"x-request-id")
+    parent, state = plain.first(b"traceparent"), plain.first(b"tracestate")
+    assert got.traces == b"traceparent: %b\r\ntracestate: %b\r\n" % (parent or b"", state or b"")
+    assert got.headers == [(b"host", b"h"), (b"x-priority", b"batch")]
+    assert got.first(b"traceparent") is None, "it is not kept"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"00-1", b"00-1 "),
+        (b"00-1", b"00 1"),
+        (b"00-1", b""),
+        (b"00-1", b"x" * 257),
+        (b"00-1", "ü".encode()),
+        (b"Traceparent", b"traceparent"),
+        (b"Traceparent: 00-1\r\n", b""),
+        (b"Traceparent: 00-1\r\n", b"Traceparent: 00-1\r\nTraceparent: 00-1\r\n"),
+        (b"X-Request-Id: one\r\nTraceparent: 00-1", b"Traceparent: 00-1\r\nX-Request-Id: one"),
+        (b"a=1,b=2", b"a=1, b=2"),
+        (b"sk-secret", b"sk-secreT"),
+    ],
+)
+def test_ids_that_are_written_in_another_way_make_another_head(old: bytes, new: bytes) -> None:
+    assert knowing(TRACED).read(TRACED.replace(old, new)).memory is None
+
+
+@pytest.mark.parametrize(
+    "place", [b"X-Request-Id: \0", b"X-Request-Id: one\0", b"\0\r\nX-Request-Id: \0", b"X-Request-Id: \0\0"]
+)
+def test_the_place_of_an_id_cannot_be_feigned(place: bytes) -> None:
+    with pytest.raises(BadRequest):
+        knowing(TRACED).read(TRACED.replace(b"X-Request-Id: one", place))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"Host: h", b"Host: h\r\nTRACEPARENT: 00-2"),
+        (b"Host: h", b"Host: h\r\ntracestate:  a=1"),
+        (b"Host: h", b"Host: h\r\nConnection: keep-alive, Traceparent"),
+    ],
+)
+def test_a_head_that_says_more_about_its_ids_is_not_kept(old: bytes, new: bytes) -> None:
+    raw = TRACED.replace(old, new)
+    assert knowing(raw).read(raw).memory is None
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [

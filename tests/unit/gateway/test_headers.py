@@ -9,7 +9,7 @@ from vllm_bootstrap.auth.guard import Pass
 from vllm_bootstrap.auth.types import Principal
 from vllm_bootstrap.errors import ModelLoading, Unauthorized, UpstreamError
 from vllm_bootstrap.gateway import headers
-from vllm_bootstrap.gateway.familiar import Memory
+from vllm_bootstrap.gateway.familiar import FamiliarHeads, Memory
 from vllm_bootstrap.gateway.head import Head, HeadLimits, parse_head
 from vllm_bootstrap.gateway.targets import ToModel
 from vllm_bootstrap.serving import Endpoint, Instance
@@ -64,6 +64,19 @@ def test_a_familiar_head_is_rendered_once_for_each_engine_and_class_and_anew_for
     for number in range(2 * headers.MOST_RENDERED):  # launches come and go, a head may be in use for months
         assert sent(again, replace(INSTANCE, launch_id=f"l{number}")) == sent(first)
     assert len(memory.rendered) <= headers.MOST_RENDERED
+
+
+def test_a_familiar_head_brings_its_ids_to_the_engine() -> None:
+    lines = ("Content-Length: 5", "Traceparent: 00-1", "Accept: a", "X-Request-Id: x", "tracestate: n={}")
+    heads = FamiliarHeads(HeadLimits())
+    heads.remember(head(*lines), ToModel("/v1/x"), None, Pass(Principal("k", frozenset({"realtime"})), 1))
+    for number in range(3):
+        plain = head(*(line.format(number) for line in lines))
+        again = heads.read(plain.raw)
+        assert again.memory is not None
+        assert sorted(sent(again)) == sorted(sent(plain))
+        assert sorted(sent(again, length=None)) == sorted(sent(plain, length=None))
+        assert f"tracestate: n={number}" in sent(again)
 
 
 def test_batch_goes_later() -> None:
