@@ -47,11 +47,11 @@ class Errand:
         self._gateway, self._head = gateway, head
         self._sender: Sender | None = sender
 
-    def go(self, instance: Instance, outgoing: Outgoing, *, upgrade: bool) -> None:
-        """Send ``outgoing``. ``upgrade``: it is a handshake."""
+    def go(self, instance: Instance, outgoing: Outgoing, now: float, *, upgrade: bool) -> None:
+        """Send ``outgoing``. ``upgrade``: it is a handshake. ``now`` is not the loop's, which lags behind what passed
+        in this iteration."""
         self.outgoing, self.upgrade = outgoing, upgrade
         pool = self._gateway.pool(instance)
-        now = time.monotonic()  # the loop's clock, but for what passed in this iteration
         connection = pool.take(now)
         if connection is None:
             self._connect(pool)

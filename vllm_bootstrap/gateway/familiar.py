@@ -1,5 +1,5 @@
-"""Heads that come again: clients repeat a request's head byte for byte, but for the length of its body and for ids by
-which the request is traced.
+"""Heads that come again: clients repeat a request's head byte for byte, but for the length of its body and for what it
+is traced by.
 
 Invariant: a head is recognised only when every byte but the values of ``CHANGING`` headers, each plainly written, is as
 in a head that passed ``parse_head`` and the guard before. Nothing is decided by those values beyond the body's length
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_bootstrap.auth.guard import Pass
 from vllm_bootstrap.gateway.head import Head, HeadLimits, parse_head
-from vllm_bootstrap.gateway.headers import connection_options
+from vllm_bootstrap.gateway.headers import connection_options, may_pass
 
 if TYPE_CHECKING:
     from vllm_bootstrap.gateway.targets import ToLaunch, ToModel
@@ -28,11 +28,23 @@ MOST_HEADS = 1024
 MOST_BYTES = 4096
 """Of one head. Together these bound what strangers with a key can make us keep."""
 
-CHANGING = frozenset({b"content-length", b"x-request-id", b"traceparent", b"tracestate"})
-# A header line of these up to its value, and that, which holds neither blanks nor control characters.
+_PLAIN = (b"traceparent", b"tracestate", b"baggage", b"b3")
+_X = (
+    b"request-id", b"correlation-id", b"forwarded-for", b"real-ip", b"amzn-trace-id", b"cloud-trace-context",
+    b"b3-traceid", b"b3-spanid", b"b3-parentspanid",
+)  # fmt: skip
+CHANGING = frozenset({b"content-length", *_PLAIN, *(b"x-" + name for name in _X)})
+"""Headers whose values may be new each time: but for the length and ``x-request-id`` nothing is decided by them."""
+
+
+def _in_any_case(*names: bytes) -> bytes:
+    return re.sub(rb"[a-z]", lambda letter: b"[%b%b]" % (letter[0].upper(), letter[0]), b"|".join(names))
+
+
+# A header line of these up to its value, and that, which is plain text.
 _CHANGING = re.compile(
-    rb"(\r\n(?:[Cc]ontent-[Ll]ength: ?(?=[1-9][0-9]{0,17}\r\n)"
-    rb"|(?:[Xx]-[Rr]equest-[Ii][Dd]|[Tt]race(?:parent|state)): ?))([!-~]{1,256})(?=\r\n)"
+    rb"(\r\n(?:%b: ?(?=[1-9][0-9]{0,17}\r\n)|(?:[Xx]-(?:%b)|%b): ?))([!-~](?:[ -~]{0,254}[!-~])?)(?=\r\n)"
+    % (_in_any_case(b"content-length"), _in_any_case(*_X), _in_any_case(*_PLAIN))
 )
 _SECRET = frozenset({b"authorization", b"x-api-key", b"api-key", b"cookie", b"proxy-authorization"})
 _NOT_KEPT = _SECRET | CHANGING  # a head says them by itself
@@ -60,7 +72,7 @@ class Memory:
         self.rendered: dict[tuple[str, str], tuple[object, bytes, bytes, bytes]] = {}
         self._length_at = changing.index(b"content-length")
         self._id_at = changing.index(b"x-request-id") if b"x-request-id" in changing else None
-        self._traces = [(at, name) for at, name in enumerate(changing) if name.startswith(b"trace")]
+        self._traces = [(at, name) for at, name in enumerate(changing) if may_pass(name)]
 
     def once_more(self, raw: bytes, values: list[bytes]) -> Head:
         """The head ``raw``, which is this one but for these values."""

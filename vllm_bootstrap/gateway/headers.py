@@ -113,7 +113,7 @@ def _around_the_id(head: Head, path: str, instance: Instance, cls: RequestClass)
     after: list[bytes] = []
     dropped = connection_options(head.headers)
     for name, value in head.headers:
-        if name not in dropped and _may_pass(name):
+        if name not in dropped and may_pass(name):
             after += (name, b": ", value, b"\r\n")
     after.append(b"\r\n")
     return _beginning(head, path, instance.endpoint), b"".join(between), b"".join(after)
@@ -134,7 +134,7 @@ def handshake_to_engine(head: Head, path: str, instance: Instance, *, request_id
             value = b", ".join(offer for offer in offers if not offer.startswith(_SUBPROTOCOL_KEY))  # noqa: PLW2901
             if not value:
                 continue
-        if name not in dropped and _may_pass(name):
+        if name not in dropped and may_pass(name):
             out += (name, b": ", value, b"\r\n")
     out.append(b"\r\n")
     return b"".join(out)
@@ -157,7 +157,7 @@ def _credential(endpoint: Endpoint) -> list[bytes]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _may_pass(name: bytes) -> bool:
+def may_pass(name: bytes) -> bool:
     """Whether an engine may see a header. Some servers take ``_`` for ``-``, so both spellings count as one."""
     plain = name.replace(b"_", b"-")
     return plain not in _NOT_TO_ENGINE and not plain.startswith(_NOT_TO_ENGINE_PREFIXES)

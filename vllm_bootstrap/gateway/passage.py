@@ -97,11 +97,12 @@ class Passage(Mishaps):
         entry, intake, journey = self._entry, self._intake, self._journey
         assert entry is not None  # noqa: S101 - set before a place is asked for
         assert intake is not None  # noqa: S101
-        journey.instance, journey.granted_at, journey.queue_ms = instance, time.monotonic(), self._place.queue_ms
-        cls = journey.ticket.cls if journey.ticket is not None else None
+        now, ticket = time.monotonic(), journey.ticket
+        journey.instance, journey.granted_at, journey.queue_ms = instance, now, self._place.queue_ms
+        cls = ticket.cls if ticket is not None else None
         outgoing = render(self._head, entry, intake, instance, cls, journey.id)
         self._stage = CONNECTING
-        self._errand.go(instance, outgoing, upgrade=entry.route.websocket)
+        self._errand.go(instance, outgoing, now, upgrade=entry.route.websocket)
 
     def on_sending(self, connection: UpstreamConnection, now: float) -> None:
         """It is on its way to the engine."""
