@@ -37,15 +37,15 @@ class Sender(Receiver, Protocol):
 class Errand:
     """``outgoing`` is kept until its owner takes it, to be sent again. ``sent_all``: all of it is written."""
 
-    _dial: Dial | None = None
-    _sending: transfer.Sending | None = None
-    outgoing: Outgoing | None = None
-    upgrade = False
-    sent_all = True
+    __slots__ = ("_dial", "_gateway", "_head", "_sender", "_sending", "outgoing", "sent_all", "upgrade")
 
     def __init__(self, gateway: Gateway, sender: Sender, head: Head) -> None:
         self._gateway, self._head = gateway, head
         self._sender: Sender | None = sender
+        self._dial: Dial | None = None
+        self._sending: transfer.Sending | None = None
+        self.outgoing: Outgoing | None = None
+        self.upgrade, self.sent_all = False, True
 
     def go(self, instance: Instance, outgoing: Outgoing, now: float, *, upgrade: bool) -> None:
         """Send ``outgoing``. ``upgrade``: it is a handshake. ``now`` is not the loop's, which lags behind what passed

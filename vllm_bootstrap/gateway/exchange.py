@@ -36,11 +36,7 @@ class Exchange(Passage):
     """Made for one request by the client's connection, which calls ``start``, ``on_body``…, ``on_body_end``, or all of
     these at once with ``start_whole``, and then whatever happens to it. All are safe to call once it is over."""
 
-    _active = _began = False
-    _reading: Reading | None = None
     _tunnel: websocket.Tunnel | None = None
-    _keeps_response = False
-    _holds_body = True
     _loading: Loading | None = None
     _words = b""
 
@@ -52,6 +48,9 @@ class Exchange(Passage):
         Passage.__init__(self, gateway, head, request_id)
         self._client, self._target = client, target
         self._relay = Relay(client, head)
+        self._reading: Reading | None = None
+        self._active = self._began = self._keeps_response = False
+        self._holds_body = True
 
     # Reading
 

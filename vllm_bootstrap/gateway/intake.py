@@ -108,16 +108,15 @@ class JsonIntake:
     """A JSON object, kept in memory."""
 
     upload: Upload | None = None
-    adds_usage = False
-    in_memory = 0
-    fields: Mapping[str, Any] = NoBody.fields
-    text: str | None = None
-    model: str | None = None
-    _body: bodies.JsonBody | None = None
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._pieces: list[bytes] = []
+        self._body: bodies.JsonBody | None = None
+        self.fields: Mapping[str, Any] = NoBody.fields
+        self.text: str | None = None
+        self.model: str | None = None
+        self.adds_usage, self.in_memory = False, 0
 
     def feed(self, piece: bytes) -> None:
         self.in_memory += len(piece)

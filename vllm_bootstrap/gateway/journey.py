@@ -21,23 +21,25 @@ NOT_SERVED = frozenset({"model_not_found", "not_found", "draining"})
 class Journey:
     """Set as things happen. Times are ``time.monotonic``: the loop's stands still within an iteration."""
 
-    id = ""  # what it goes by while it is under way
-    owner: str | None = None
-    model: str | None = None
-    ticket: Ticket | None = None
-    instance: Instance | None = None
-    stream = False
-    queued_at = 0.0
-    queue_ms = 0
-    granted_at = 0.0
-    first_byte_at: float | None = None
-    tap: Tap | None = None
-    bytes_in = 0
+    __slots__ = (
+        "_head", "_started_at", "bytes_in", "first_byte_at", "granted_at", "id", "instance", "model", "owner",
+        "queue_ms", "queued_at", "request_id", "stream", "tap", "ticket",
+    )  # fmt: skip
 
     def __init__(self, request_id: str, head: Head) -> None:
         self.request_id = request_id
         self._head = head
         self._started_at = time.monotonic()
+        self.id = ""  # what it goes by while it is under way
+        self.owner: str | None = None
+        self.model: str | None = None
+        self.ticket: Ticket | None = None
+        self.instance: Instance | None = None
+        self.tap: Tap | None = None
+        self.first_byte_at: float | None = None
+        self.stream = False
+        self.queue_ms = self.bytes_in = 0
+        self.queued_at = self.granted_at = 0.0
 
     def spent(self) -> Usage | None:
         """What to account for: the engine's word, else, of a stream that was cut, what it has brought."""

@@ -40,12 +40,7 @@ class Passage(Mishaps):
 
     ``_entry`` and ``_intake`` are there before a place is asked for. ``_deadline`` is in loop time, for the stage."""
 
-    _stage = READING
-    _deadline = math.inf
     _retried = False
-    _entry: Entry | None = None
-    _intake: Intake | None = None
-    _connection: UpstreamConnection | None = None
 
     def __init__(self, gateway: Gateway, head: Head, request_id: str) -> None:
         self._gateway, self._head, self.request_id = gateway, head, request_id
@@ -53,6 +48,11 @@ class Passage(Mishaps):
         self._journey = Journey(request_id, head)
         self._place = Place(gateway.gate, self)
         self._errand = Errand(gateway, self, head)
+        # All here: Python keeps what instances hold compactly only where the first of them have the same attributes.
+        self._stage, self._deadline = READING, math.inf
+        self._entry: Entry | None = None
+        self._intake: Intake | None = None
+        self._connection: UpstreamConnection | None = None
 
     # From the place
 

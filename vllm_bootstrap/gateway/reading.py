@@ -18,15 +18,16 @@ from vllm_bootstrap.gateway.relay import Client
 class Reading:
     """``done`` is called once: with None when the body is whole, or with what is wrong with it."""
 
-    _reserved = bytes_in = 0
-    _ended = _dropped = False
-    _digesting: transfer.Transfer | None = None
+    __slots__ = ("_client", "_digesting", "_done", "_dropped", "_ended", "_gateway", "_reserved", "bytes_in", "intake")
 
     def __init__(
         self, gateway: Gateway, client: Client, intake: Intake, done: Callable[[ApiError | None], None]
     ) -> None:
         self._gateway, self._client, self.intake = gateway, client, intake
         self._done: Callable[[ApiError | None], None] | None = done
+        self._digesting: transfer.Transfer | None = None
+        self._reserved = self.bytes_in = 0
+        self._ended = self._dropped = False
 
     def feed(self, piece: bytes) -> None:
         if self._done is None:

@@ -69,16 +69,20 @@ class Relay:
     comes in between may go to ``flow()`` piece by piece. Before all that an event stream may be ``announce``d and get
     ``comment``s; what then ``begin``s must be one (``continues``)."""
 
-    _connection: UpstreamConnection
-    _mode = ""
-    _last = b""
-    begun = is_events = announced = False
-    status = bytes_out = _bytes_seen = 0
-    tap: Tap | None = None
+    __slots__ = (
+        "_bytes_seen", "_client", "_connection", "_head", "_last", "_mode", "announced", "begun", "bytes_out",
+        "is_events", "status", "tap",
+    )  # fmt: skip
+
+    _connection: UpstreamConnection  # from ``begin`` on
 
     def __init__(self, client: Client, head: Head) -> None:
         self._client = client
         self._head = head
+        self._mode, self._last = "", b""
+        self.begun = self.is_events = self.announced = False
+        self.status = self.bytes_out = self._bytes_seen = 0
+        self.tap: Tap | None = None
 
     def announce(self, request_id: str, own: bytes) -> None:
         """Begin an event stream before any engine has answered. ``own``: header lines of ours."""

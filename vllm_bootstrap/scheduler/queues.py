@@ -37,12 +37,10 @@ class Request:
     """One request, from its acceptance to its end. ``launch`` is set while it holds ``cost`` slots there; ``since`` is
     when it began to wait this time, ``waited`` what it waited before, ``stint`` how often it has begun to."""
 
-    launch: Launch | None = None
-    cost = counted = served = 0
-    waited = granted_at = 0.0
-    queued = began = returning = promoted = False
-    stint = taken_back = moved = grant_number = 0
-    charge: Charge | None = None
+    __slots__ = (
+        "began", "charge", "cost", "counted", "grant_number", "granted_at", "id", "lane", "launch", "promoted",
+        "queued", "returning", "served", "since", "stint", "taken_back", "target", "ticket", "waited",
+    )  # fmt: skip
 
     def __init__(self, request_id: int, target: Target, ticket: Ticket, lane: Lane, now: float) -> None:
         self.id = request_id
@@ -50,6 +48,11 @@ class Request:
         self.ticket = ticket
         self.lane = lane
         self.since = now
+        self.launch: Launch | None = None
+        self.charge: Charge | None = None
+        self.waited = self.granted_at = 0.0
+        self.queued = self.began = self.returning = self.promoted = False
+        self.cost = self.counted = self.served = self.stint = self.taken_back = self.grant_number = 0
 
     @property
     def rank(self) -> tuple[int, int]:
