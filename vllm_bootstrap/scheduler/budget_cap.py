@@ -23,11 +23,11 @@ RECENT_SAMPLES = 40
 # The latest answers: this part of them begins earlier. Answers later than these times the factor are late; so many of
 # the last ones are too many.
 TAIL = 0.95
-LATE_SAMPLES, LATE_ONES = 64, 3
+LATE_SAMPLES, LATE_ONES = 96, 3
 WIDEST = 1.5
 # Parts of the room: below the first the cap grows, above the second it shrinks. What a step of growth adds must not
 # lead from the one over the other.
-GROW_BELOW, SHRINK_ABOVE = 0.25, 0.45
+GROW_BELOW, SHRINK_ABOVE = 0.2, 0.35
 GROW_BY, SHRINK_BY = 1.25, 0.75
 # After a change, sequences that were admitted before it still run.
 SETTLE_S = 0.5
