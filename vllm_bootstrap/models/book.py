@@ -1,7 +1,8 @@
 """The catalogue in force: the file's models, ``MODEL_ID``, those added at run time and uploaded adapters, as one.
 
 Invariant: whoever asks gets one consistent catalogue, and the one before a change until all of the change is good. A
-broken edit of the file changes nothing and is told in ``note``. What is loaded is unknown here.
+broken edit of the file changes nothing and is told in ``note``; one that leaves no model in it without saying so is
+taken for broken. What is loaded is unknown here.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from vllm_bootstrap.pulse import until_pulse
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 2.0
+# Not everybody replaces a file in one step: what has changed is taken in when it stayed the same for so long.
+SETTLE_S = 0.5
 # A repository's id, or a plain name for engines that need no weights. Never a path: who asks for a model by name must
 # not choose what is read from this machine's disk.
 _REPOSITORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}(?:/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95})?")
@@ -64,6 +67,7 @@ class CatalogueBook:
         self._seen: Identity | None = None
         self._problem: str | None = None
         self._judge(setting)
+        self._base = Catalogue()
         self._base = self._read()
         self._now = Assembled()
         self._assemble()
@@ -221,7 +225,7 @@ class CatalogueBook:
         try:
             raw, self._seen = read(self._path)
             self._required = True  # once there, it does not become an empty catalogue by being moved away
-            return parse(raw, self._check, self._fixed)
+            return self._not_emptied(raw, parse(raw, self._check, self._fixed))
         except FileNotFoundError:
             if not self._required:
                 return parse(None, self._check, self._fixed)
@@ -232,23 +236,40 @@ class CatalogueBook:
             inside = [(f"{self._path}: {place}" if place else str(self._path), why) for place, why in exc.problems]
             raise CatalogueError(inside) from None
 
+    def _not_emptied(self, raw: object, made: Catalogue) -> Catalogue:
+        """``made``, unless no model of the file is left and nobody said so: a file that was cut off or is not saved
+        yet must not have everything unloaded. Raises ``CatalogueError``."""
+        left, had = ([entry for entry in one.entries.values() if entry.origin == "file"] for one in (made, self._base))
+        if had and not left and not (isinstance(raw, Mapping) and raw.get("models") is not None):
+            said = "no model is left in it, so those from before stay: write 'models: {}' to have none"
+            raise CatalogueError([("", said)])
+        return made
+
     async def _watch(self) -> None:
-        assert self._path is not None  # noqa: S101 - start has looked; narrows the type
+        looked = self._seen
         while True:
+            pause = until_pulse(self._look_every_s, time.monotonic())
+            if looked != self._seen:
+                pause = min(SETTLE_S, self._look_every_s)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(until_pulse(self._look_every_s, time.monotonic())):
+                async with asyncio.timeout(pause):
                     await self._asked.wait()
-            try:
-                facts: Identity | None = identity_of(await asyncio.to_thread(self._path.stat))
-            except OSError as exc:
-                facts = None if isinstance(exc, FileNotFoundError) else (exc.errno or -1,)
-            if facts != self._seen or self._asked.is_set():
+            before, looked = looked, await self._look()
+            if self._asked.is_set() or (looked != self._seen and looked == before):
                 self._asked.clear()
-                self._seen = facts
+                self._seen = looked
                 try:
                     await self.reload()
                 except Exception:
                     log.exception("The changed catalogue could not be taken in: the next change is")
+
+    async def _look(self) -> Identity | None:
+        """Which version of the file is there, None when none is."""
+        assert self._path is not None  # noqa: S101 - start has looked; narrows the type
+        try:
+            return identity_of(await asyncio.to_thread(self._path.stat))
+        except OSError as exc:
+            return None if isinstance(exc, FileNotFoundError) else (exc.errno or -1,)
 
     def _changed(self) -> None:
         before = self._now

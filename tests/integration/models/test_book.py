@@ -95,6 +95,78 @@ def test_a_broken_edit_keeps_the_catalogue_and_says_so_once(tmp_path, caplog):
     run(work())
 
 
+@pytest.mark.parametrize(
+    "text", ["", "models:\n", "# nothing\n", "defaults: {ttl: 60}\n", "models: null\ngroups: {}\n"]
+)
+def test_an_edit_that_leaves_nothing_is_taken_for_a_mistake(tmp_path, text):
+    async def work() -> None:
+        desk = Desk(tmp_path)
+        async with desk as book:
+            desk.path.write_text(text)
+            await eventually(lambda: book.note)
+            assert book.note == (
+                f"{desk.path}: no model is left in it, so those from before stay: write 'models: {{}}' to have none"
+            )
+            assert (names(book), desk.changes, await book.reload()) == (["qwen"], 0, False)
+            desk.path.write_text(QWEN)
+            await eventually(lambda: book.note is None)
+            assert (names(book), desk.changes) == (["qwen"], 0)
+
+    run(work())
+
+
+def test_a_file_is_emptied_by_saying_so(tmp_path):
+    async def work() -> None:
+        desk = Desk(tmp_path, setting=ModelEntry("one", "org/one", origin="setting"))
+        async with desk as book:
+            desk.path.write_text("models: {}\n")
+            await eventually(lambda: names(book) == ["one"])
+            desk.path.write_text("")
+            assert (await book.reload(), book.note) == (True, None), "there was nothing before either"
+
+    run(work())
+
+
+def test_an_empty_file_is_fine_at_the_start(tmp_path):
+    async def work() -> None:
+        desk = Desk(tmp_path, text="", required=True)
+        async with desk as book:
+            assert (names(book), book.note) == ([], None)
+            desk.path.write_text(QWEN)
+            await eventually(lambda: names(book) == ["qwen"])
+
+    run(work())
+
+
+def test_a_file_that_is_still_being_written_is_not_taken_in(tmp_path):
+    async def work() -> None:
+        desk = Desk(tmp_path, look_every_s=0.2)
+        seen: list[list[str]] = []
+        desk.book.on_change(lambda: seen.append(names(desk.book)))
+        async with desk as book:
+            text = "models:\n" + "".join(f"  m{n}: {{source: org/m{n}}}\n" for n in range(30))
+            with desk.path.open("w") as file:
+                for line in text.splitlines(keepends=True):
+                    file.write(line)
+                    file.flush()
+                    await asyncio.sleep(0.03)
+            await eventually(lambda: len(names(book)) == 30)
+            assert (len(seen), book.note) == (1, None), "what was there half was never in force"
+
+    run(work())
+
+
+def test_a_signal_does_not_wait_until_a_file_is_at_rest(tmp_path):
+    async def work() -> None:
+        desk = Desk(tmp_path, look_every_s=3600)
+        async with desk as book:
+            desk.path.write_text("models:\n  other: {source: org/other}\n")
+            book.reload_soon()
+            await eventually(lambda: names(book) == ["other"])
+
+    run(work())
+
+
 def test_a_signal_reads_the_file_at_once(tmp_path):
     async def work() -> None:
         desk = Desk(tmp_path, look_every_s=3600)
