@@ -22,6 +22,7 @@ DTYPES = frozenset({"auto", "half", "float16", "bfloat16", "float", "float32"})
 MODEL_URL = "model-url"
 LORA_MODULES = "lora-modules"
 MAX_EXTRA_ARGS = 100
+WHOLE_MILLI = 1000
 # Where an engine listens and who it lets in is the daemon's, whatever engine it is.
 _LISTENING = frozenset({"host", "port", "uds", "api-key", "root-path", "model", "served-model-name"})
 
@@ -90,11 +91,13 @@ def make_spec(order: LaunchOrder, engine: Engine, allow_dangerous: Iterable[str]
     _check_model(order.model, "model", allowed)
     served = order.served_model_name if order.served_model_name is not None else order.model
     arguments.safe_name(served, "served_model_name")
+    fields = _fields(order.fields, allowed)
+    _must_be_within_share(fields, order.gpu_share)
     return LaunchSpec(
         model=order.model,
         engine=engine.name,
         served_model_name=served,
-        fields=_fields(order.fields, allowed),
+        fields=fields,
         extra_args=_extra_args(order.extra_args, engine, allowed),
         env=_env(order.env, allowed),
         aliases=_aliases(order, served, engine),
@@ -182,6 +185,18 @@ def _fields(given: Mapping[str, object], allowed: frozenset[str]) -> dict[str, A
             _must_be_allowed(name.replace("_", "-"), name, allowed)
         found[name] = value
     return found
+
+
+def _must_be_within_share(fields: Mapping[str, Any], share: float | None) -> None:
+    """Wherever it will be placed: its part of each GPU's memory is not more than what it claims of the GPU. A share is
+    counted in thousandths."""
+    asked = fields.get("gpu_memory_utilization")
+    if asked is None or share is None or asked <= max(1, round(share * WHOLE_MILLI)) / WHOLE_MILLI:
+        return
+    raise BadRequest(
+        f"gpu_memory_utilization {asked:g} is more than gpu_share {share:g}: another launch may own the rest.",
+        param="gpu_memory_utilization",
+    )
 
 
 def _must_be_allowed(name: str, param: str, allowed: frozenset[str]) -> None:

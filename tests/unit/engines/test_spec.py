@@ -55,6 +55,15 @@ def test_the_operator_may_allow_model_addresses():
     assert make(["model-url"], model="s3://bucket/model").model == "s3://bucket/model"
 
 
+@pytest.mark.parametrize("engine", [VllmLike(), Other()])
+def test_more_memory_than_the_share_is_refused_before_it_is_placed(engine):
+    error = refused("gpu_memory_utilization", engine=engine, gpu_share=0.3, fields={"gpu_memory_utilization": 0.9})
+    assert "0.9 is more than gpu_share 0.3" in error.message
+    for share, part in ((0.3, 0.3), (0.3, 0.2), (1, 1), (0.9, 0.9), (None, 1), (0.3, None), (0.1 + 0.2, 0.3)):
+        made = make(engine=engine, gpu_share=share, fields={"gpu_memory_utilization": part})
+        assert made.fields.get("gpu_memory_utilization") == part
+
+
 @pytest.mark.parametrize("name", ["--port=1", "a\nb", "", " x"])
 def test_served_names_that_are_refused(name):
     refused("served_model_name", served_model_name=name)
