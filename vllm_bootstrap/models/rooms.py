@@ -16,12 +16,14 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from vllm_bootstrap.engines.base import Placement
-from vllm_bootstrap.errors import ApiError, GpuConflict
+from vllm_bootstrap.errors import ApiError, BadRequest, GpuConflict
 from vllm_bootstrap.gpus.condition import GpuState, assess, others_use
 from vllm_bootstrap.gpus.ledger import WHOLE, Claim, Ledger, LedgerConflict
-from vllm_bootstrap.gpus.placement import PlacementWish, place
+from vllm_bootstrap.gpus.placement import PlacementWish, named_gpus, place
 from vllm_bootstrap.gpus.readings import GpuProcess, GpuReading, Snapshot
 from vllm_bootstrap.gpus.replicas import place_replicas
+
+MIN_MEMORY = "gpus.min_memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,7 @@ class Rooms:
             raise GpuConflict(f"GPU {reading.gpu.index} {found.reason}.")
 
     def _place(self, need: Need, ledger: Ledger, snapshot: Snapshot) -> list[Placement]:
-        seen = _large_enough(snapshot, need.min_memory)
+        seen = _large_enough(need, snapshot)
         if need.replicas == 1:
             one = place(need.wish, seen, ledger, self._unsettled, busy_bytes=self._busy_bytes, own_pids=self._own_pids)
             return [one]
@@ -147,13 +149,35 @@ def _claim(ledger: Ledger, owner: str, uuids: Sequence[str], milli: int, *, shar
         raise ApiError(str(exc)) from exc
 
 
-def _large_enough(snapshot: Snapshot, min_memory: int | None) -> Snapshot:
-    if min_memory is None or snapshot.kind == "cpu":
+def _large_enough(need: Need, snapshot: Snapshot) -> Snapshot:
+    """The GPUs it may have. One whose size is not known could be large enough. Raises ``BadRequest`` where none ever
+    will be."""
+    least = need.min_memory
+    if least is None or snapshot.kind == "cpu" or not snapshot.gpus:
         return snapshot
-    large = tuple(reading for reading in snapshot.gpus if reading.gpu.total_bytes >= min_memory)
-    if not large:
-        return replace(snapshot, gpus=(), unknown=f"no GPU here has {min_memory / 1024**3:g} GiB of memory")
+    if need.wish.gpu_ids is not None:
+        for reading in named_gpus(need.wish.gpu_ids, snapshot):
+            if 0 < reading.gpu.total_bytes < least:
+                raise BadRequest(
+                    f"GPU {reading.gpu.index} has {_gib(reading.gpu.total_bytes)} of memory, and {_gib(least)} are "
+                    "wanted of each.",
+                    param=MIN_MEMORY,
+                )
+    large = tuple(_sized(reading) for reading in snapshot.gpus if not 0 < reading.gpu.total_bytes < least)
+    if not large and snapshot.unknown is None:
+        most = max(reading.gpu.total_bytes for reading in snapshot.gpus)
+        raise BadRequest(f"No GPU here has {_gib(least)} of memory, the largest has {_gib(most)}.", param=MIN_MEMORY)
     return replace(snapshot, gpus=large)
+
+
+def _sized(reading: GpuReading) -> GpuReading:
+    if reading.gpu.total_bytes or reading.unknown is not None:
+        return reading
+    return replace(reading, unknown="it does not say how much memory it has")
+
+
+def _gib(size: int) -> str:
+    return f"{size / 1024**3:.6g} GiB"
 
 
 def _without(

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from vllm_bootstrap.engines.base import Gpu
+from vllm_bootstrap.errors import BadRequest, GpuUnknown
 from vllm_bootstrap.gpus.ledger import Claim, Ledger
 from vllm_bootstrap.gpus.placement import PlacementWish
 from vllm_bootstrap.gpus.readings import GpuProcess, GpuReading, Snapshot
@@ -201,6 +202,36 @@ def test_a_minimum_of_memory_names_gpus() -> None:
     assert "100 GiB" in here.rooms.refusal("b").message  # type: ignore[union-attr]
     here.wants("c")
     assert here.rooms.named("c") is None
+
+
+def test_a_minimum_of_memory_that_no_gpu_has_can_never_be_met() -> None:
+    here = Here(gpu(0, 24), gpu(1, 80))
+    here.wants("a", 1, min_memory=900 * 1024 * GIB)
+    refusal = here.rooms.refusal("a")
+    assert isinstance(refusal, BadRequest)
+    assert refusal.message == "No GPU here has 921600 GiB of memory, the largest has 80 GiB."
+    assert refusal.param == "gpus.min_memory"
+    here.wants("b", 1, min_memory=900 * 1024 * GIB, replicas="per_gpu")
+    assert isinstance(here.rooms.refusal("b"), BadRequest)
+    here.wants("c", 2, min_memory=40 * GIB)
+    assert isinstance(here.rooms.refusal("c"), BadRequest)
+    here.needs["d"] = Need(PlacementWish(gpu_ids=(0, "GPU-1")), min_memory=40 * GIB)
+    refusal = here.rooms.refusal("d")
+    assert isinstance(refusal, BadRequest)
+    assert refusal.message == "GPU 0 has 24 GiB of memory, and 40 GiB are wanted of each."
+    here.needs["e"] = Need(PlacementWish(gpu_ids=(1,)), min_memory=40 * GIB)
+    assert here.fits("e")
+
+
+def test_a_minimum_of_memory_where_sizes_are_not_known_stays_unknown() -> None:
+    for here in (Here(gpu(0, 0), gpu(1, 24)), Here(gpu(0, 24), unknown="NVML is gone"), Here(gpu(0, 0))):
+        here.wants("a", 1, min_memory=40 * GIB)
+        assert isinstance(here.rooms.refusal("a"), GpuUnknown)
+    gone = Here(gpu(0))
+    gone.snapshot = replace(gone.snapshot, gpus=(), unknown="NVML does not answer")
+    gone.wants("a", 1, min_memory=40 * GIB)
+    assert isinstance(gone.rooms.refusal("a"), GpuUnknown)
+    assert "NVML does not answer" in gone.rooms.refusal("a").message  # type: ignore[union-attr]
 
 
 def test_without_gpus_memory_means_nothing() -> None:
