@@ -7,6 +7,7 @@ small archive takes neither the disk nor the memory.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import os
@@ -41,6 +42,8 @@ RATIO_MAX = 200
 _TOO_MUCH = (
     "The archive unpacks to more than is allowed (VLLM_BOOTSTRAP_ADAPTER_MAX_BYTES, and 200 times its own size)."
 )
+# What a file system has against a name: too long, or characters it does not take.
+_BAD_NAME = frozenset({errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL})
 _BROKEN = (
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -220,6 +223,11 @@ def _created(target: Path) -> Iterator[IO[bytes]]:
         file = target.open("xb")
     except FileExistsError:
         raise NotAnAdapter(f"The archive has two files called {target.name}.") from None
+    except OSError as exc:
+        if exc.errno in _BAD_NAME:
+            said = f"The archive has a file whose name this disk cannot hold ({exc.strerror}): {target.name[:100]!r}."
+            raise NotAnAdapter(said) from None
+        raise
     with file:
         yield file
 

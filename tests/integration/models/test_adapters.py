@@ -155,6 +155,8 @@ def long_name() -> bytes:
         (tar(adapter(training_args__pt=b"x")), "can run code"),
         (tar(adapter(modeling__py=b"x")), "data only"),
         (tar(adapter(what__exe=b"x")), "may have files"),
+        (tar(adapter() | {"l" * 300 + ".txt": b"x"}), "File name too long"),
+        (zipped(adapter() | {"é" * 150 + ".txt": b"x"}), "File name too long"),
         (tar(adapter() | {"other/x.json": b"{}"}), "one folder"),
         (tar(in_folder("a", adapter()) | {"b/x.json": b"{}"}), "one folder"),
         (zipped({"adapter_config.json": json.dumps(CONFIG).encode()}), "no weights"),
