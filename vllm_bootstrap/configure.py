@@ -184,7 +184,7 @@ def catalogue(
     return CatalogueBook(
         settings.models_file or default_config_dir() / MODELS_FILE,
         store,
-        checker(engines, settings.default_engine, settings.allow_dangerous_args),
+        checker(engines, settings.default_engine, settings.allow_dangerous_args, replicas_max=settings.replicas_max),
         required=settings.models_file is not None,
         setting=one_model(settings, on_cpu=on_cpu),
         adapters=adapters,

@@ -74,13 +74,34 @@ def place_replicas(
     else:
         size = 1 if snapshot.kind == "cpu" else _size(wish, replicas, len(pool), milli)  # 3
         group = _Group(replicas, size, milli, snapshot.kind, named=named)
-    _refuse_more_than(most, group)
+    _refuse_more_than(most, group.replicas)
     tensor, pipeline = parallel_sizes(wish, group.size, len(pool), heads)
     _refuse_impossible(group, pool)  # 4
     chosen = _spread(group, pool, room)
     if not chosen or len(chosen) < group.replicas:  # 6
         raise _no_room(group, pool, fit=len(chosen))
     return [Placement(snapshot.kind, tuple(c.reading.gpu for c in each), milli, tensor, pipeline) for each in chosen]
+
+
+def refuse_contradictions(wish: PlacementWish, replicas: Replicas, *, most: int | None = None) -> None:
+    """Raise ``BadRequest`` for a wish that no machine at all could meet, whatever GPUs it has. ``most``: so many
+    replicas the operator allows."""
+    seen = set[str]()
+    for one in wish.gpu_ids or ():
+        if str(one).lower() in seen:
+            raise BadRequest(f"GPU {one!r} is named twice.", param="gpu_ids")
+        seen.add(str(one).lower())
+    if replicas == "per_gpu":
+        _refuse_more_than_one_gpu(wish)
+        return
+    _refuse_more_than(most, replicas)
+    count = wish.gpu_count
+    if replicas == 1 and wish.gpu_ids is not None:
+        if count not in {None, len(seen)}:
+            raise BadRequest(f"gpu_count is {count}, but gpu_ids names {len(seen)}.", param="gpu_count")
+        count = len(seen)
+    if count is not None:
+        parallel_sizes(wish, count, count, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +153,10 @@ def _size(wish: PlacementWish, replicas: int, gpus: int, milli: int) -> int:
     return gpus // replicas
 
 
-def _refuse_more_than(most: int, group: _Group) -> None:
-    if group.replicas > most:
+def _refuse_more_than(most: int | None, replicas: int) -> None:
+    if most is not None and replicas > most:
         raise BadRequest(
-            f"{group.replicas} replicas are wanted, VLLM_BOOTSTRAP_REPLICAS_MAX allows {most}.", param="replicas"
+            f"{replicas} replicas are wanted, VLLM_BOOTSTRAP_REPLICAS_MAX allows {most}.", param="replicas"
         )
 
 

@@ -167,7 +167,8 @@ def _contradictions(entry: ModelEntry) -> Iterator[tuple[str, str]]:
         if (wrong := names.problem(name)) is not None:
             yield "", f"the name {name!r} {wrong}"
     gpus = entry.gpus
-    if gpus.ids is not None and gpus.count is not None and gpus.count != len(gpus.ids):
+    alone = entry.replicas == 1  # else the count is of each, and the list of all
+    if alone and gpus.ids is not None and gpus.count is not None and gpus.count != len(gpus.ids):
         yield "gpus.count", f"gpus.ids names {len(gpus.ids)}: leave count out"
     for key, named in (("strip", entry.rewrite.strip), ("defaults", entry.rewrite.defaults.keys())):
         if fixed := sorted(NEVER_REWRITTEN.intersection(named)):

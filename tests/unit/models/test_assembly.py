@@ -41,3 +41,15 @@ def test_an_uploaded_adapter_takes_no_name_of_another():
     made = assemble(BASE, [], lambda _name: [AdapterEntry("a2", "/up")])
     assert made.catalogue == BASE
     assert made.notes == ("the uploaded adapter 'a2' is left out: 'a2' is another's name now",)
+
+
+def test_of_several_that_are_to_stay_a_group_lets_only_one():
+    models = [ModelEntry(name, name, pin=name != "c", preload=name != "d") for name in "abcd"]
+    entries = {model.name: model for model in models}
+
+    def notes(members: str, **options: bool) -> tuple[str, ...]:
+        return assemble(Catalogue(entries, (Group("g", frozenset(members), **options),)), [], none).notes
+
+    (said,) = notes("abcd", together=False)
+    assert said.startswith("'a', 'b' are pinned and preloaded, but the group 'g' lets only one of them be loaded")
+    assert (notes("acd", together=False), notes("abcd"), notes("ab", exclusive=True)) == ((), (), ())

@@ -52,6 +52,11 @@ def test_all_keys_arrive():
     )  # fmt: skip
 
 
+def test_with_replicas_the_count_is_of_each_and_the_list_of_all():
+    entry = parse(one(gpus={"ids": [0, 1], "count": 1}, replicas=2), fine).entries["q"]
+    assert (entry.gpus, entry.replicas) == (GpuNeed(1, (0, 1)), 2)
+
+
 def test_defaults_lie_below_every_model_key_by_key():
     raw = {
         "defaults": {
@@ -95,6 +100,7 @@ def test_groups():
         (one(gpus={"cuont": 1}), "models.q.gpus.cuont: there is no such key: did you mean count?"),
         (one(gpus={"ids": [True]}), "models.q.gpus.ids.0: must be the index of a GPU or its UUID"),
         (one(gpus={"ids": [0, 1], "count": 1}), "models.q.gpus.count: gpus.ids names 2: leave count out"),
+        (one(gpus={"ids": [0, 1], "count": 4}), "models.q.gpus.count: gpus.ids names 2: leave count out"),
         (one(args={"revision": "x"}), "models.q.args.revision: there is no such key: it stands beside args"),
         (
             one(args={"zzz": 1}),
@@ -128,7 +134,8 @@ def test_a_mistake_is_named_with_its_place_and_what_to_write(raw, said):
         ("model", "models.q.source"), ("served_model_name", "models.q"), ("dtype", "models.q.args.dtype"),
         ("gpu_count", "models.q.gpus.count"), ("extra_args.x", "models.q.extra_args.x"), ("env.X", "models.q.env.X"),
         ("adapters.l", "models.q.adapters.l"), ("engine", "models.q.engine"), ("aliases", "models.q.aliases"),
-        ("revision", "models.q.revision"), (None, "models.q"),
+        ("revision", "models.q.revision"), (None, "models.q"), ("gpu_ids", "models.q.gpus.ids"),
+        ("tensor_parallel_size", "models.q.args.tensor_parallel_size"), ("replicas", "models.q.replicas"),
     ],
 )  # fmt: skip
 def test_what_no_launch_could_have_is_told_at_its_place_in_the_file(param, place):
