@@ -24,6 +24,7 @@ from vllm_bootstrap.serving import Advert, RequestClass
 
 ENDED = frozenset({"stopped", "failed"})
 _MIB = 1024 * 1024
+WORTH_TELLING_S = 0.05
 
 
 def draining() -> ApiError:
@@ -91,7 +92,9 @@ def loading(name: str, prospects: Prospects, held_s: float | None = None) -> Api
     """Case 5 for a model that is loaded on demand: it is not there yet. ``held_s``: so long the request has waited."""
     obstacle, ready_in_s = prospects.waits_for(name), prospects.ready_in_s(name)
     said = "is being loaded" if obstacle is None else f"is not loaded yet: {obstacle}"
-    held = "" if held_s is None else f". This request was held for {held_s:.0f} s"
+    held = ""
+    if held_s is not None and held_s > WORTH_TELLING_S:
+        held = f". This request was held for {held_s:.{0 if held_s >= 10 else 1}f} s"
     wait = DEFAULT_RETRY_S if ready_in_s is None else ready_in_s
     return ModelLoading(f"The model {name!r} {said}{held}. Send it again later", retry_after=wait)
 

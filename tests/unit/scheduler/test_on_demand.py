@@ -20,6 +20,7 @@ from vllm_bootstrap.errors import (
     Unavailable,
 )
 from vllm_bootstrap.scheduler.ports import Demand, NoProspects
+from vllm_bootstrap.scheduler.refusals import loading
 from vllm_bootstrap.scheduler.tickets import ByLaunch, ByModel, Ticket
 
 
@@ -101,6 +102,19 @@ def test_the_hold_ends_with_a_refusal_that_says_what_it_waited_for() -> None:
     assert error.retry_after == 5
     assert "is not loaded yet: 'big' is in use. This request was held for 30 s" in error.message
     assert prospects.asks[-1] == ("m", "realtime", True)
+
+
+@pytest.mark.parametrize(
+    ("held_s", "said"),
+    [
+        (None, None), (0.0, None), (0.001, None), (0.06, "0.1 s"), (0.32, "0.3 s"), (1.0, "1.0 s"), (30.02, "30 s"),
+        (86_400.2, "86400 s"),
+    ],
+)  # fmt: skip
+def test_nobody_is_told_to_have_been_held_who_was_not(held_s: float | None, said: str | None) -> None:
+    message = loading("m", NoProspects(), held_s).message
+    held = f" This request was held for {said}." if said else ""
+    assert message == f"The model 'm' is being loaded.{held} Send it again later"
 
 
 def test_one_that_waited_for_its_turn_is_told_so() -> None:
