@@ -191,6 +191,39 @@ def test_edits_take_effect_while_it_runs() -> None:
         box.serves("b")
 
 
+def test_an_emptied_file_unloads_nothing_and_what_can_never_be_is_refused() -> None:
+    impossible = {"source": "org/u", "gpus": {"count": 1, "share": 0.3}, "args": {"gpu_memory_utilization": 0.9}}
+    models = {"a": entry("a"), "big": {"source": "org/big", "gpus": {"count": 1, "min_memory": "900TiB"}}}
+    with ModelBox(models) as box:
+        first = box.serves("a")
+        for text, word in (("", "no model is left"), ("models:\n", "no model is left"), (None, "gpu_share 0.3")):
+            if text is None:
+                box.write({**models, "u": impossible})
+            else:
+                box.catalogue.write_text(text)
+            wait_for(lambda word=word: word in (box.request("GET", "/models").json()["note"] or ""), 5, what=word)
+            assert set(box.models()) == {"a", "big"}
+            assert box.serves("a") == first
+        box.write(models)
+        wait_for(lambda: box.request("GET", "/models").json()["note"] is None, 5, what="the correction")
+        assert box.serves("a") == first
+
+        added = box.request("POST", "/models", {"name": "u", **impossible})
+        assert (added.status, added.error["param"]) == (400, "args.gpu_memory_utilization")
+        launch = {"model": "org/u", "gpu_count": 1, "gpu_share": 0.3, "gpu_memory_utilization": 0.9}
+        launched = box.request("POST", "/launch", launch)
+        assert (launched.status, launched.error["param"]) == (400, "gpu_memory_utilization")
+        assert len(box.everything()) == 1
+
+        refused = box.complete("big")
+        assert (refused.status, refused.error["code"]) == (503, "model_failed")
+        assert "921600 GiB" in refused.error["message"]
+
+        box.catalogue.write_text("models: {}\n")
+        wait_for(lambda: not box.launches_of("a"), SOON_S, what="what was emptied on purpose to be put away")
+        assert box.models() == {}
+
+
 def test_sighup_reads_it_now_and_what_runs_is_not_touched() -> None:
     models: dict[str, Any] = {"a": entry("a"), "b": entry("b")}
     with ModelBox(models) as box:
