@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.engines import Other
 from vllm_bootstrap.engines import build_engines
 from vllm_bootstrap.errors import BadRequest
 from vllm_bootstrap.models.checks import checker
@@ -89,3 +90,11 @@ def test_what_no_machine_could_place_is_refused(fields, param, said):
 def test_what_some_machine_could_place_is_not(fields):
     checker(build_engines(), "vllm", replicas_max=8)(ModelEntry("q", "org/q", **fields))
     checker(build_engines(), "vllm")(ModelEntry("q", "org/q", **fields))
+
+
+def test_where_a_server_that_runs_elsewhere_is_placed_is_nobodys_business():
+    class Elsewhere(Other):
+        external = True
+
+    engine = Elsewhere()
+    checker({engine.name: engine}, engine.name, replicas_max=8)(ModelEntry("q", "q", gpus=GpuNeed(ids=(0, 0))))
