@@ -169,24 +169,28 @@ class Keeper:
         self.ask(name, "realtime", OPERATOR_ASKS_S)
 
     async def unload(self, name: str, *, force: bool) -> None:
-        """Put it away and wait until that is done: when nothing runs there any more, with ``force`` at once."""
+        """Put it away and wait until that is done: when nothing runs there any more, with ``force`` at once. What is
+        there or being loaded at this call is meant, not what is loaded meanwhile for those who wait."""
         record = self._must(name)
         own = record.entry.name
         record.asked.clear()
-        record.down, record.hurry = True, record.hurry or force
+        record.down, record.hurry = True, force or (record.hurry and record.doing == "unloading")
         if force:
             self._hurry.set()
             self._hurry = asyncio.Event()
+        meant = {view.launch_id for view in self.seen(own).launches}
+        if (task := self._operations.get(own)) is not None:
+            begun = record.doing
+            await _done(task)
+            if begun == "loading":  # it has its launch only now
+                meant.update(view.launch_id for view in self.seen(own).launches)
         while not self._closed:
-            task = self._operations.get(own)
-            if task is not None:
-                await asyncio.wait({task})
-                if not task.cancelled() and (cause := task.exception()) is not None:
-                    raise cause
-            elif (seen := self.seen(own)).launches:
-                self._begin(record, "unloading", self._drain(record, seen))
-            else:
+            left = [view for view in self.seen(own).launches if view.launch_id in meant]
+            if not left:
                 break
+            if own not in self._operations:
+                self._begin(record, "unloading", self._drain(record, self.seen(own)))
+            await _done(self._operations[own])
         record.hurry = False
         self.kick()
 
@@ -377,6 +381,13 @@ class _NoRoom:
 
 def _chosen(room: planning.Room, name: str) -> tuple[str, ...] | None:
     return room.named(name) if isinstance(room, Rooms) else None
+
+
+async def _done(task: asyncio.Task[None]) -> None:
+    """Wait for its end; the waiter's own does not end it. Raises what it failed with."""
+    await asyncio.wait({task})
+    if not task.cancelled() and (cause := task.exception()) is not None:
+        raise cause
 
 
 async def _within(seconds: float, event: asyncio.Event) -> None:

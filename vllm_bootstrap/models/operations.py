@@ -73,6 +73,8 @@ class Operations:
     async def stop(self, record: Record, seen: Seen, why: str, *, force: bool = False) -> None:
         """Returns when its processes are dead and its GPUs are free (or given up)."""
         ids = _to_stop(seen)
+        if record.state == "loading":
+            self._outcomes.cut_short(record)
         record.stopped = frozenset(view.launch_id for view in seen.launches)
         await asyncio.gather(*(self._deps.launches.stop(launch_id, force=force) for launch_id in ids))
         self._deps.tally.put_away(record.entry.name, "stop", why)

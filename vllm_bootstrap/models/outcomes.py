@@ -55,7 +55,7 @@ class Outcomes:
             record.load_est_s = now - record.began_at
             self._deps.tally.loaded(record.entry.name, "start", record.load_est_s)
         record.began_at = record.trouble = record.retry_at = record.obstacle = None
-        record.failures, record.down, record.warmed, record.ready_at = 0, False, False, now
+        record.failures, record.cut_short, record.down, record.warmed, record.ready_at = 0, 0, False, False, now
         record.loaded_for_whom(now)
 
     def _ended(self, record: Record, launch_id: str) -> None:
@@ -90,6 +90,15 @@ class Outcomes:
             return
         record.obstacle = error.message.rstrip(".")
         record.retry_at = self._deps.tick() + (error.retry_after or OBSTACLE_RETRY_S)
+
+    def cut_short(self, record: Record) -> None:
+        """Its load is ended on purpose. The next one comes at once; when that happens again and again without any load
+        that came to its end, later and later: a loop of somebody else's must not become one of processes."""
+        if record.cut_short:
+            wait = min(self._config.backoff_max_s, self._config.backoff_s * 2 ** (record.cut_short - 1))
+            record.retry_at = max(record.retry_at or 0.0, self._deps.tick() + wait)
+            record.obstacle = "its loads were ended again and again before they were done"
+        record.cut_short += 1
 
     def _trouble(self, record: Record, trouble: ModelTrouble, retry_in_s: float) -> None:
         record.trouble, record.retry_at = trouble, self._deps.tick() + retry_in_s

@@ -37,6 +37,7 @@ class Record:
     """One model. ``fingerprint``: of the order that its entry means now. ``obstacle``: what its load waits for.
     ``retry_at``: not before then after a failure, None when it may be tried now; infinity: not by itself. ``down``: an
     operator has unloaded it, so it is not preloaded again; ``hurry``: without waiting for what runs there.
+    ``cut_short``: loads in a row that were ended on purpose before they were done.
     ``since``: when it was seen to enter its state. ``stopped``: launches that were ended on purpose. ``warmed``: its
     files were read ahead for the load that is waited for. ``began_at``, ``ready_at``: of the last load.
     ``load_est_s``: what a load takes, as far as is known."""
@@ -50,6 +51,7 @@ class Record:
     obstacle: str | None = None
     trouble: ModelTrouble | None = None
     failures: int = 0
+    cut_short: int = 0
     retry_at: float | None = None
     down: bool = False
     hurry: bool = False

@@ -147,3 +147,62 @@ def test_who_awaits_a_load_that_will_not_come_is_told(end: Callable[[Keeping], A
                 await asyncio.wait_for(awaited, 10)
 
     run(main())
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("loading", [False, True])
+def test_an_unload_ends_what_was_there_and_who_waits_gets_the_model_loaded_anew(*, loading: bool, force: bool) -> None:
+    async def main() -> None:
+        async with Keeping(model("a", knobs={"boot-delay": 0.5})) as box:
+            if loading:
+                waiting = asyncio.create_task(box.use("a"))
+                await box.until("a", "loading")
+                unloading = asyncio.create_task(box.keeper.unload("a", force=force))
+            else:
+                lease = await box.acquire("a")
+                unloading = asyncio.create_task(box.keeper.unload("a", force=force))
+                await eventually(lambda: box.gate.is_retired(lease.instance.launch_id) or box.state("a") != "loaded")
+                waiting = asyncio.create_task(box.use("a"))
+                await eventually(lambda: "a" in box.gate.demand() or force)
+                lease.release()
+            await asyncio.wait_for(unloading, 10)
+            await asyncio.wait_for(waiting, 10)
+            assert [view.state for view in box.launches_of("a")] == ["stopped", "ready"]
+
+    run(main())
+
+
+def test_an_unload_that_comes_while_a_load_is_being_accepted_ends_that_load_only() -> None:
+    async def main() -> None:
+        async with Keeping(model("a", knobs={"boot-delay": 0.5})) as box:
+            begun, go_on = asyncio.Event(), asyncio.Event()
+
+            async def fit(_spec: object, _placement: object) -> None:
+                begun.set()
+                await go_on.wait()
+
+            box.world.supervisor._acceptor._fit = fit
+            waiting = asyncio.create_task(box.use("a"))
+            await begun.wait()
+            unloading = asyncio.create_task(box.keeper.unload("a", force=False))
+            await asyncio.sleep(0.05)
+            go_on.set()
+            await asyncio.wait_for(unloading, 10)
+            await asyncio.wait_for(waiting, 10)
+            assert [view.state for view in box.launches_of("a")] == ["stopped", "ready"]
+
+    run(main())
+
+
+def test_who_unloads_again_and_again_while_somebody_waits_does_not_make_it_launch_all_the_time() -> None:
+    async def main() -> None:
+        async with Keeping(model("a", knobs={"boot-delay": 1.0}), backoff_s=1.0, backoff_max_s=4.0) as box:
+            waiting = asyncio.create_task(box.use("a"))
+            until = time.monotonic() + 2.5
+            while time.monotonic() < until:
+                await box.keeper.unload("a", force=True)
+                await asyncio.sleep(0.01)
+            assert len(box.launches_of("a")) <= 4, "the second that is ended unready costs a second, the third two"
+            await asyncio.wait_for(waiting, 10)
+
+    run(main())
