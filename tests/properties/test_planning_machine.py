@@ -64,6 +64,11 @@ class Planning(RuleBasedStateMachine):
             field = "batch" if batch else "realtime"
             self.change(name, **{field: getattr(model, field) + 1})
 
+    @rule(name=st.sampled_from(NAMES), goes=st.booleans())
+    def waits_elsewhere(self, name: str, goes: bool) -> None:
+        """Who waited here was told to come back, or has come back."""
+        self.change(name, absent=goes)
+
     @rule(name=st.sampled_from(NAMES))
     def all_end(self, name: str) -> None:
         quiet = {"quiet_s": 0.0} if self.models[name].running else {}
@@ -134,10 +139,23 @@ class Planning(RuleBasedStateMachine):
             else:
                 assert isinstance(action, Keep)
                 assert model.retired
+        self.check_that_who_is_absent_takes_nobodys_room(decided)
         started = {action.name for action in decided.actions if isinstance(action, Load | Wake)}
         assert not started & set(decided.waits)
         idle = {m.name for m in self.models.values() if m.wanted is not None}
         assert idle <= started | set(decided.waits) | {a.name for a in decided.actions}, "somebody was forgotten"
+
+    def check_that_who_is_absent_takes_nobodys_room(self, decided: Plan) -> None:
+        """Of the same class and priority, one for whom somebody waits here would have been given what was free."""
+        box, before = Box(self.models, self.sizes), []
+        started = [action.name for action in decided.actions if isinstance(action, Load | Wake)]
+        for name in started:
+            model = self.models[name]
+            for other in self.models.values() if model.absent and not self.groups else ():
+                same = (other.wanted, other.priority) == (model.wanted, model.priority)
+                if same and not other.absent and other.name not in before:
+                    assert not box.fits(other.name, frozenset(), tuple(before)), f"{name} came before {other.name}"
+            before.append(name)
 
     def carry_out(self, action: object) -> None:
         name = action.name

@@ -148,11 +148,13 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class ExitFacts:
-    """How an engine ended, as far as known. ``was_ready``: it had become ready in this attempt."""
+    """How an engine ended, as far as known. ``was_ready``: it had become ready in this attempt. ``asleep``:
+    it slept then, or had not woken yet."""
 
     exit_code: int | None
     signal: int | None
     was_ready: bool
+    asleep: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,6 +116,8 @@ def _died(facts: ExitFacts, lines: Sequence[LogLine]) -> Failure:
 
 
 def _when(facts: ExitFacts) -> str:
+    if facts.asleep:
+        return " while it slept"
     return " while it was serving" if facts.was_ready else " before it was ready"
 
 

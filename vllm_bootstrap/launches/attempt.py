@@ -340,7 +340,8 @@ class Attempt:
             self._shim.close()
         unsettled = await deps.gpus.settle(self.launch_id, self.placement, self.baseline)
         ran_s = time.monotonic() - self.ready_since if self.ready_since is not None else 0.0
-        outcome = Outcome(record, forced, unsettled, self.trouble, self.ready_since is not None, ran_s)
+        was_ready, asleep = self.ready_since is not None, self.sleep is not None
+        outcome = Outcome(record, forced, unsettled, self.trouble, was_ready, ran_s, asleep)
         self.post(Post(self.number, Event.RELEASED, outcome=outcome))
 
     async def bury(self) -> None:

@@ -16,6 +16,7 @@ class Outcome:
 
     ``record`` is None when the shim left none. ``trouble`` is set when the attempt never got an engine running, or
     lost it in a way no exit code tells (``FailureClass`` value and sentence). ``ran_s``: seconds since it was ready.
+    ``asleep``: it slept, or was not awake again yet.
     """
 
     record: ExitRecord | None
@@ -24,6 +25,7 @@ class Outcome:
     trouble: tuple[FailureClass, str] | None = None
     was_ready: bool = False
     ran_s: float = 0.0
+    asleep: bool = False
 
 
 _HINTS = {
@@ -71,4 +73,4 @@ def explain_end(why: Why, outcome: Outcome, engine: Engine, log_tail: Sequence[s
     if record.error is not None:
         kind = FailureClass.SPAWN_FAILED
         return Failure(kind, record.error, _HINTS[kind], permanent=False, lines=lines)
-    return engine.explain(ExitFacts(record.exit_code, record.signal, outcome.was_ready), log_tail)  # 6
+    return engine.explain(ExitFacts(record.exit_code, record.signal, outcome.was_ready, outcome.asleep), log_tail)  # 6

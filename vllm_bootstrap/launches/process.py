@@ -63,6 +63,14 @@ class Leftover:
     pids: tuple[int, ...]
     gone: bool
 
+    def in_words(self) -> str:
+        """One sentence for the log."""
+        of = f"of launch {self.launch_id}, attempt {self.attempt}"
+        pids = ", ".join(str(pid) for pid in self.pids)
+        if self.gone:
+            return f"Ended what was left {of}, which nothing knew any more: PID {pids}"
+        return f"What is left {of}, which nothing knows any more, cannot be ended yet: PID {pids}"
+
 
 class ProcessHost:
     """Makes and finds shims below ``runtime_dir`` (short, local, made 0700 and never shared with another user).

@@ -80,7 +80,7 @@ class Reconciler:
                 adopted.add((row.id, row.attempt))
         swept = await self._host.sweep(adopted)
         for leftover in swept:
-            log.warning("ended a process of ours that no launch knew: %s", leftover)
+            log.warning("%s", leftover.in_words())
         # Adopted starts take their place in line for a GPU before fresh ones may begin.
         for found in sorted(resumed, key=lambda one: not isinstance(one.finding, recovery.Continue)):
             self._supervisor.adopt_owner(found.owner, found.attempt)

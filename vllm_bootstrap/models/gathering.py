@@ -123,6 +123,7 @@ class Gathering:
             ttl_s=config.ttl_s if entry.ttl_s is None else entry.ttl_s,
             asleep_ttl_s=config.asleep_ttl_s,
             priority=entry.priority,
+            absent=self._absent(record, demand or [], lines, realtime.number, now),
             pin=entry.pin,
             preload=entry.preload and not record.down,
             may_load=record.may_load(now),
@@ -142,6 +143,13 @@ class Gathering:
             batch = _more(batch, one.batch, one.batch_since, now)
         record.batch_since = (record.batch_since or now) if lines else None
         return realtime, _more(batch, lines, record.batch_since, now)
+
+    def _absent(self, record: Record, demand: Iterable[Demand], lines: int, realtime: int, now: float) -> bool:
+        """Whether nobody of the class that it is wanted for stands here: in a queue, with lines, or as an operator."""
+        asked = record.asks("realtime" if realtime else "batch", now)
+        if asked is None or asked.stands:
+            return False
+        return not (any(one.realtime for one in demand) if realtime else lines or any(one.batch for one in demand))
 
     def _asking(self, record: Record, cls: RequestClass, now: float) -> _Waiting:
         asked = record.asks(cls, now)

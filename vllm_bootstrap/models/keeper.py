@@ -94,6 +94,8 @@ class Keeper:
     def book_changed(self) -> None:
         """The catalogue has changed."""
         entries = self._deps.book.entries()
+        for known in self.records.values():
+            self._outcomes.removed(known)
         for name, entry in entries.items():
             print_ = self._deps.book.fingerprint(entry)
             record = self.records.get(name)
@@ -154,11 +156,11 @@ class Keeper:
         """Its launches now."""
         return self.look().get(name, NOTHING)
 
-    def ask(self, name: str, cls: RequestClass, lasting_s: float) -> None:
-        """Somebody wants it and does not wait in a queue."""
+    def ask(self, name: str, cls: RequestClass, lasting_s: float, *, stands: bool = False) -> None:
+        """Somebody wants it and does not wait in a queue. See ``Asked``."""
         record = self.record_of(name)
         if record is not None:
-            record.ask(cls, self._deps.tick(), lasting_s)
+            record.ask(cls, self._deps.tick(), lasting_s, stands=stands)
             self._stirring.add(record.entry.name)
             self.kick()
 
@@ -166,7 +168,7 @@ class Keeper:
         """Have it loaded, whatever went wrong before. Returns at once."""
         record = self._must(name)
         record.retry_at, record.trouble, record.failures, record.down = None, None, 0, False
-        self.ask(name, "realtime", OPERATOR_ASKS_S)
+        self.ask(name, "realtime", OPERATOR_ASKS_S, stands=True)
 
     async def unload(self, name: str, *, force: bool) -> None:
         """Put it away and wait until that is done: when nothing runs there any more, with ``force`` at once. What is

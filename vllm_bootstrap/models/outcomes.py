@@ -10,7 +10,8 @@ import contextlib
 import logging
 import math
 
-from vllm_bootstrap.errors import ApiError, BadRequest, NotFound
+from vllm_bootstrap.errors import ApiError, BadRequest, ModelNotFound, NotFound
+from vllm_bootstrap.launches.types import LaunchView
 from vllm_bootstrap.models.ports import KeeperConfig, KeeperDeps
 from vllm_bootstrap.models.record import Record, Seen, refusal
 from vllm_bootstrap.models.types import ModelTrouble
@@ -33,6 +34,8 @@ class Outcomes:
         before, record.state = record.state, seen.state
         if before != seen.state:
             record.since = now
+        if seen.state == "asleep":
+            record.slept = frozenset(view.launch_id for view in seen.launches)
         gone = record.launches - {view.launch_id for view in seen.launches}
         record.launches = frozenset(view.launch_id for view in seen.launches)
         if seen.state == "loaded":
@@ -55,6 +58,7 @@ class Outcomes:
             record.load_est_s = now - record.began_at
             self._deps.tally.loaded(record.entry.name, "start", record.load_est_s)
         record.began_at = record.trouble = record.retry_at = record.obstacle = None
+        record.slept = frozenset()
         record.failures, record.cut_short, record.down, record.warmed, record.ready_at = 0, 0, False, False, now
         record.loaded_for_whom(now)
 
@@ -64,10 +68,18 @@ class Outcomes:
             view = self._deps.launches.get(launch_id)
             if view.state == "stopped" and launch_id not in record.stopped:
                 record.down = True  # by an operator, who does not want to see it come back by itself
-            if view.state == "failed" and view.failure is not None:
+            if view.state == "failed" and view.failure is not None and self._died_asleep(record, view):
+                log.warning("%s slept, and is unloaded now: %s", record.entry.name, view.failure.message)
+                record.obstacle = record.retry_at = None
+            elif view.state == "failed" and view.failure is not None:
                 record.failures += 1
                 wait = min(self._config.backoff_max_s, self._config.backoff_s * 2 ** (record.failures - 1))
                 self._failed(record, launch_id, math.inf if view.failure.permanent else wait)
+
+    def _died_asleep(self, record: Record, view: LaunchView) -> bool:
+        """Whether it ended without having been woken: no load has failed, and the next one may come at once."""
+        failure = view.failure
+        return view.launch_id in record.slept and failure is not None and failure.failure_class != "wake_failed"
 
     def _failed(self, record: Record, launch_id: str, retry_in_s: float) -> None:
         """A launch of it has failed: whoever waits is told."""
@@ -90,6 +102,14 @@ class Outcomes:
             return
         record.obstacle = error.message.rstrip(".")
         record.retry_at = self._deps.tick() + (error.retry_after or OBSTACLE_RETRY_S)
+
+    def removed(self, record: Record) -> None:
+        """The catalogue has changed, the record not yet: who waits for a name that is no model's any more is told so,
+        also where any name may be asked for: what was asked for is not there any more."""
+        for served in record.entry.served_names if record.entry.origin != "request" else ():
+            if self._deps.book.find(served) is None:
+                error = ModelNotFound(f"The model {served!r} was taken out of the catalogue.", param="model")
+                self._deps.queues.refuse(served, error)
 
     def cut_short(self, record: Record) -> None:
         """Its load is ended on purpose. The next one comes at once; when that happens again and again without any load

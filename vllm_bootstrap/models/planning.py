@@ -9,7 +9,8 @@ Invariants (a hypothesis machine checks them):
   nobody needs it any more, taken back (``Keep``).
 
 A model is *wanted* when somebody waits for it and it may be loaded. Wanted ones are served in this order: realtime
-before batch before preloading, higher ``priority`` first, then who has waited longest. For each of them, first match:
+before batch before preloading, higher ``priority`` first, those for whom somebody waits here before those whose callers
+were all told to come back (a name costs a client nothing), then who has waited longest. For each of them, first match:
 
 1. there is room, also once those before it have theirs     -> Load or Wake
 2. there will be, once what is on its way out has gone      -> it waits, and nobody behind it takes that room
@@ -57,10 +58,10 @@ class Facts:
     """One model now. ``realtime`` and ``batch`` count who waits for it (requests, lines, somebody who was told to come
     back); ``waits_s``, ``batch_waits_s``: the longest of them so far. ``running`` and ``running_batch`` count requests
     in flight. ``idle_s``: since anything was done for anybody, or since it was loaded; ``quiet_s``: since anything was
-    done for realtime, for ever where nothing was. ``reload_s``: what loading it again will probably
-    take, ``load_s`` where that is known from earlier loads, else 0. ``ttl_s`` and
-    ``asleep_ttl_s`` 0: for ever. ``may_load`` False: its last load failed and the next one is not due, or nobody may
-    load it."""
+    done for realtime, for ever where nothing was. ``reload_s``: what loading it again will probably take, ``load_s``
+    where that is known from earlier loads, else 0. ``ttl_s`` and ``asleep_ttl_s`` 0: for ever. ``absent``: all who want
+    it were told to come back; nobody stands here meanwhile. ``may_load`` False: its last load failed and the next one
+    is not due, or nobody may load it."""
 
     name: str
     state: State
@@ -81,6 +82,7 @@ class Facts:
     priority: int = 0
     pin: bool = False
     preload: bool = False
+    absent: bool = False
     may_load: bool = True
     can_sleep: bool = False
     outdated: bool = False
@@ -300,10 +302,10 @@ class _Planner:
         return "there is no room for it on this machine's GPUs at present"
 
 
-def _turn(model: Facts) -> tuple[int, int, float, str]:
+def _turn(model: Facts) -> tuple[int, int, bool, float, str]:
     wanted = model.wanted or 0
     waited = model.waits_s if wanted == 0 else model.batch_waits_s
-    return wanted, -model.priority, -waited, model.name
+    return wanted, -model.priority, model.absent, -waited, model.name
 
 
 def _order_of_going(model: Facts) -> tuple[bool, int, bool, float, str]:

@@ -26,10 +26,12 @@ Doing = Literal["loading", "waking", "falling_asleep", "unloading"]
 
 @dataclass(slots=True)
 class Asked:
-    """Somebody wants it and does not wait in a queue: since when, and until when that counts."""
+    """Somebody wants it and does not wait in a queue: since when, and until when that counts. ``stands``: somebody
+    stands behind it (an operator has asked), instead of having been told to come back."""
 
     since: float
     until: float
+    stands: bool = False
 
 
 @dataclass(slots=True)
@@ -38,7 +40,8 @@ class Record:
     ``retry_at``: not before then after a failure, None when it may be tried now; infinity: not by itself. ``down``: an
     operator has unloaded it, so it is not preloaded again; ``hurry``: without waiting for what runs there.
     ``cut_short``: loads in a row that were ended on purpose before they were done.
-    ``since``: when it was seen to enter its state. ``stopped``: launches that were ended on purpose. ``warmed``: its
+    ``since``: when it was seen to enter its state. ``stopped``: launches that were ended on purpose. ``slept``: those
+    that were asleep when it was last seen so, and have not served since. ``warmed``: its
     files were read ahead for the load that is waited for. ``began_at``, ``ready_at``: of the last load.
     ``load_est_s``: what a load takes, as far as is known."""
 
@@ -60,6 +63,7 @@ class Record:
     ready_at: float = 0.0
     launches: frozenset[str] = frozenset()
     stopped: frozenset[str] = frozenset()
+    slept: frozenset[str] = frozenset()
     since: float = 0.0
     state: State = "unloaded"
     gpu_count: int | None = None
@@ -67,12 +71,13 @@ class Record:
     load_est_s: float | None = None
     wake_est_s: float | None = None
 
-    def ask(self, cls: RequestClass, now: float, lasting_s: float) -> None:
+    def ask(self, cls: RequestClass, now: float, lasting_s: float, *, stands: bool = False) -> None:
         """It is wanted for so long."""
         known = self.asked.get(cls)
         if known is None or known.until < now:
-            self.asked[cls] = Asked(now, now + lasting_s)
+            self.asked[cls] = Asked(now, now + lasting_s, stands)
         else:
+            known.stands = known.stands or stands
             known.until = max(known.until, now + lasting_s)
 
     def asks(self, cls: RequestClass, now: float) -> Asked | None:
@@ -90,6 +95,7 @@ class Record:
     def loaded_for_whom(self, now: float) -> None:
         """It is loaded: those who were told to come back may take as long as that, an operator had only this wish."""
         for asked in self.asked.values():
+            asked.stands = False
             if asked.until - now > COMES_BACK_S:
                 asked.until = now
 

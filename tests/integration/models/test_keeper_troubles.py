@@ -17,6 +17,7 @@ from tests.support.keeping import Keeping, gather, model
 from vllm_bootstrap.errors import ApiError, BadRequest, Conflict, DoesNotFit, ModelFailed, ModelLoading, ModelNotFound
 from vllm_bootstrap.models import keeper
 from vllm_bootstrap.models.desk import Desk
+from vllm_bootstrap.models.planning import Policy
 from vllm_bootstrap.models.types import GpuNeed, ModelEntry
 
 
@@ -204,5 +205,49 @@ def test_who_unloads_again_and_again_while_somebody_waits_does_not_make_it_launc
                 await asyncio.sleep(0.01)
             assert len(box.launches_of("a")) <= 4, "the second that is ended unready costs a second, the third two"
             await asyncio.wait_for(waiting, 10)
+
+    run(main())
+
+
+def test_names_that_nobody_stands_behind_do_not_keep_who_waits_from_its_model() -> None:
+    async def main() -> None:
+        policy = Policy(min_loaded_s=0.1, max_wait_s=1.0, batch_turn_s=0.5, quiet_s=0.1)
+        async with Keeping(on_demand="any", policy=policy) as box:
+            for number in range(30):
+                await box.refused(f"n{number}", hold_s=0)
+            assert await box.use("mine")
+            others = [view for view in box.world.supervisor.list(include_ended=True) if view.model != "mine"]
+            assert len(others) <= 12, "it did not stand behind all of them"
+
+    run(main())
+
+
+def test_a_load_that_an_operator_has_asked_for_does_not_stand_behind_requests() -> None:
+    async def main() -> None:
+        async with Keeping(model("a", gpus=GpuNeed(count=2)), model("b", gpus=GpuNeed(count=2), pin=True)) as box:
+            await box.use("b")
+            keeper_ = box.keeper
+            await keeper_.load("a")
+            await box.refused("a", hold_s=0)
+            wanted = {fact.name: fact.absent for fact in keeper_._facts()}
+            assert wanted["a"] is False
+            keeper_.records["a"].asked.clear()
+            await box.refused("a", hold_s=0)
+            assert {fact.name: fact.absent for fact in keeper_._facts()}["a"] is True
+
+    run(main())
+
+
+@pytest.mark.parametrize("on_demand", ["catalogue", "any"])
+@pytest.mark.parametrize("known_as", ["a", "chat"])
+def test_who_waits_for_a_model_that_is_taken_out_while_it_loads_is_told_so(known_as: str, on_demand: str) -> None:
+    async def main() -> None:
+        loading = model("a", aliases=("chat",), knobs={"boot-delay": 60})
+        async with Keeping(loading, on_demand=on_demand) as box:
+            waiting = asyncio.create_task(box.refused(known_as))
+            await box.until("a", "loading")
+            await removed(box)
+            assert isinstance(await asyncio.wait_for(waiting, 10), ModelNotFound)
+            await box.until("a", "unloaded")
 
     run(main())

@@ -244,3 +244,8 @@ def test_many_exceptions_are_cut_in_the_middle():
     shown = died(lines).lines
     assert len(shown) == MAX_TELLING
     assert (shown[0], shown[-1]) == (lines[0], lines[-1])
+
+
+def test_an_engine_that_died_asleep_was_not_serving():
+    failure = explain(ExitFacts(None, 9, was_ready=True, asleep=True), [])
+    assert failure.message == "The engine was ended by SIGKILL while it slept."

@@ -51,6 +51,16 @@ def test_an_engine_that_could_not_be_executed():
     assert failure.message == "no such file"
 
 
+def test_the_engine_is_told_whether_it_slept():
+    class Telling:
+        def explain(self, facts, _log_tail):
+            return facts.asleep
+
+    for asleep in (True, False):
+        outcome = Outcome(record(signal=9), forced=False, was_ready=True, asleep=asleep)
+        assert explain_end(Why.DIED, outcome, Telling(), ()) is asleep
+
+
 def test_exit_zero_without_our_stop_is_explained_by_the_engine():
     failure = explain(Why.DIED, Outcome(record(), forced=False, was_ready=True))
     assert failure.failure_class is FailureClass.ENGINE_DIED

@@ -75,9 +75,11 @@ def test_the_order_of_the_wanted() -> None:
         Facts("lines", "unloaded", batch=5, batch_waits_s=1000.0),
         wanted("late", waits_s=1.0),
         wanted("early", waits_s=9.0),
-        wanted("dear", priority=1),
+        wanted("told", waits_s=50.0, absent=True),
+        wanted("dear", priority=1, absent=True),
     )
-    assert decide(*models, room=5).actions == [Load(n) for n in ("dear", "early", "late", "lines", "preload")]
+    order = ("dear", "early", "late", "told", "lines", "preload")
+    assert decide(*models, room=6).actions == [Load(name) for name in order]
 
 
 def test_what_was_decided_first_has_the_room() -> None:
