@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 
-from vllm_bootstrap.errors import ApiError, BadRequest, ModelNotFound, NotFound
+from vllm_bootstrap.errors import ApiError, BadRequest, ModelNotFound, NotFound, StorageFull
 from vllm_bootstrap.launches.types import LaunchView
 from vllm_bootstrap.models.ports import KeeperConfig, KeeperDeps
 from vllm_bootstrap.models.record import Record, Seen, refusal
@@ -102,6 +102,8 @@ class Outcomes:
             return
         record.obstacle = error.message.rstrip(".")
         record.retry_at = self._deps.tick() + (error.retry_after or OBSTACLE_RETRY_S)
+        for served in record.entry.served_names if isinstance(error, StorageFull) else ():
+            self._deps.queues.refuse(served, error)  # nothing that goes on here makes room on a disk
 
     def removed(self, record: Record) -> None:
         """The catalogue has changed, the record not yet: who waits for a name that is no model's any more is told so,

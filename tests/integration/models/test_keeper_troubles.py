@@ -14,7 +14,16 @@ import pytest
 
 from tests.support.aio import eventually, run
 from tests.support.keeping import Keeping, gather, model
-from vllm_bootstrap.errors import ApiError, BadRequest, Conflict, DoesNotFit, ModelFailed, ModelLoading, ModelNotFound
+from vllm_bootstrap.errors import (
+    ApiError,
+    BadRequest,
+    Conflict,
+    DoesNotFit,
+    ModelFailed,
+    ModelLoading,
+    ModelNotFound,
+    StorageFull,
+)
 from vllm_bootstrap.models import keeper
 from vllm_bootstrap.models.desk import Desk
 from vllm_bootstrap.models.planning import Policy
@@ -249,5 +258,21 @@ def test_who_waits_for_a_model_that_is_taken_out_while_it_loads_is_told_so(known
             await removed(box)
             assert isinstance(await asyncio.wait_for(waiting, 10), ModelNotFound)
             await box.until("a", "unloaded")
+
+    run(main())
+
+
+def test_who_waits_for_a_load_that_a_full_disk_refuses_is_told_at_once_and_the_next_one_is_tried() -> None:
+    async def main() -> None:
+        async with Keeping(model("a", aliases=("chat",))) as box:
+            full = [StorageFull("The disk is full.")]
+
+            async def fit(_spec: object, _placement: object) -> None:
+                if full:
+                    raise full.pop()
+
+            box.world.supervisor._acceptor._fit = fit
+            assert isinstance(await asyncio.wait_for(box.refused("chat"), 5), StorageFull)
+            assert await box.use("a"), "there is room again"
 
     run(main())
