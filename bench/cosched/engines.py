@@ -92,7 +92,7 @@ def default_vllm(home: Path, model: Path) -> Direct:
     ]  # fmt: skip
     env = {
         **MODEL_CORE, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_RPC_BASE_PATH": str(home),
     }  # fmt: skip
     python = str(ENGINE_ENV / "bin" / "python")
     return Direct(home / "direct.log", port, [python, "-m", "vllm.entrypoints.openai.api_server", *flags], env)

@@ -110,7 +110,9 @@ def load(python: Path, folder: Path) -> tuple[float, float]:
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     began = time.perf_counter()
     command = [str(python), "-c", LOAD, str(folder)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=600)
+    with tempfile.TemporaryDirectory(prefix="vb", dir="/tmp") as sockets:  # vLLM leaves its own behind
+        env["VLLM_RPC_BASE_PATH"] = sockets
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=600)
     found = _LOADED.search(done.stdout + done.stderr)
     if done.returncode != 0 or found is None:
         raise SystemExit(f"vLLM did not load the model:\n{(done.stdout + done.stderr)[-3000:]}")
