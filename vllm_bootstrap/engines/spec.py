@@ -191,12 +191,18 @@ def _must_be_within_share(fields: Mapping[str, Any], share: float | None) -> Non
     """Wherever it will be placed: its part of each GPU's memory is not more than what it claims of the GPU. A share is
     counted in thousandths."""
     asked = fields.get("gpu_memory_utilization")
-    if asked is None or share is None or asked <= max(1, round(share * WHOLE_MILLI)) / WHOLE_MILLI:
-        return
-    raise BadRequest(
-        f"gpu_memory_utilization {asked:g} is more than gpu_share {share:g}: another launch may own the rest.",
-        param="gpu_memory_utilization",
-    )
+    if asked is not None and share is not None:
+        refuse_beyond_share(asked, max(1, round(share * WHOLE_MILLI)))
+
+
+def refuse_beyond_share(asked: float, share_milli: int) -> None:
+    """Raise ``BadRequest`` when an engine is to take more of a GPU's memory than its launch claims of the GPU."""
+    share = share_milli / WHOLE_MILLI
+    if asked > share:
+        raise BadRequest(
+            f"gpu_memory_utilization {asked:g} is more than gpu_share {share:g}: another launch may own the rest.",
+            param="gpu_memory_utilization",
+        )
 
 
 def _must_be_allowed(name: str, param: str, allowed: frozenset[str]) -> None:

@@ -16,6 +16,7 @@ from vllm_bootstrap.engines import arguments
 from vllm_bootstrap.engines.base import EngineContext, LaunchSpec, Placement
 from vllm_bootstrap.engines.capabilities import Capabilities, lifetime
 from vllm_bootstrap.engines.environment import put_first_on_path
+from vllm_bootstrap.engines.spec import WHOLE_MILLI, refuse_beyond_share
 from vllm_bootstrap.engines.versions import show
 from vllm_bootstrap.errors import BadRequest
 
@@ -24,7 +25,6 @@ DEFAULT_SLOTS = 256
 # What vLLM takes of a GPU unless told otherwise, and so what a share is a share of: two halves leave the same margin
 # for CUDA contexts and fragmentation as one whole.
 WHOLE_GPU_FRACTION = 0.9
-WHOLE_MILLI = 1000
 # A domain that cannot exist (RFC 2606): an empty list would mean "any".
 NO_MEDIA_DOMAIN = "media-disabled.invalid"
 ANY_DOMAIN = "*"
@@ -194,11 +194,7 @@ def memory_fraction(spec: LaunchSpec, placement: Placement) -> float | None:
     share = placement.share_milli / WHOLE_MILLI
     if asked is None:
         return round(share * WHOLE_GPU_FRACTION, 3)
-    if float(asked) > share:
-        raise BadRequest(
-            f"gpu_memory_utilization {asked:g} is more than gpu_share {share:g}: another launch may own the rest.",
-            param="gpu_memory_utilization",
-        )
+    refuse_beyond_share(asked, placement.share_milli)  # also of orders that were stored before this was asked at once
     return float(asked)
 
 

@@ -195,7 +195,7 @@ def test_an_unload_that_comes_while_a_load_is_being_accepted_ends_that_load_only
             waiting = asyncio.create_task(box.use("a"))
             await begun.wait()
             unloading = asyncio.create_task(box.keeper.unload("a", force=False))
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0)  # it has seen the load now, which has no launch yet
             go_on.set()
             await asyncio.wait_for(unloading, 10)
             await asyncio.wait_for(waiting, 10)
