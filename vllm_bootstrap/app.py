@@ -63,7 +63,7 @@ from vllm_bootstrap.models.fitting import Fitter
 from vllm_bootstrap.scheduler.budget import Budget
 from vllm_bootstrap.scheduler.gate import Gate
 from vllm_bootstrap.scheduler.signals import signals_of
-from vllm_bootstrap.server import Server, allow_many_files, forbid_core_dumps, rest_the_garbage_collector
+from vllm_bootstrap.server import Server, prepare_process, rest_the_garbage_collector
 from vllm_bootstrap.serving import Advert
 from vllm_bootstrap.settings import Settings
 from vllm_bootstrap.statedir import StateLock
@@ -78,8 +78,7 @@ EXIT_FATAL = 70
 def serve(settings: Settings) -> int:
     """Run the daemon until it is told to stop. Returns the exit code. Raises ``StartError``."""
     os.umask(0o077)
-    forbid_core_dumps()
-    allow_many_files(settings.max_connections)
+    prepare_process(settings.max_connections)
     set_up_logging(settings.log_level, settings.log_format, settings.log_file)
     instance.private_dir(settings.state_dir)
     with (

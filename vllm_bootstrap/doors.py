@@ -57,11 +57,24 @@ def listen(settings: Settings) -> socket.socket:
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, proto)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            _detect_dead_peers(listener)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
     except OSError as exc:
         raise StartError(f"Cannot listen on {settings.host} port {settings.port}: {exc.strerror}") from exc
     return listener
+
+
+def _detect_dead_peers(listener: socket.socket) -> None:
+    """A client whose machine vanished must not hold an engine for hours. Accepted connections inherit this (tcp(7))."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
 
 
 def announce(settings: Settings, listener: socket.socket) -> None:

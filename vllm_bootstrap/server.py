@@ -13,6 +13,7 @@ import logging
 import os
 import resource
 import socket
+import sys
 import time
 from collections.abc import Generator
 
@@ -24,6 +25,7 @@ log = logging.getLogger("vllm_bootstrap")
 
 DATE_S = 1.0
 PR_SET_DUMPABLE = 4
+SWITCH_S = 0.0005
 
 
 class Server(uvicorn.Server):
@@ -61,7 +63,16 @@ def rest_the_garbage_collector() -> None:
     gc.set_threshold(10_000, 20, 10)
 
 
-def allow_many_files(connections: int) -> None:
+def prepare_process(connections: int) -> None:
+    """What must be set before anything else is done. ``connections``: how many clients may connect at once."""
+    _forbid_core_dumps()
+    _allow_many_files(connections)
+    # While a thread runs Python (histories are written by some), the event loop, and with it every request, waits as
+    # long as this before it may go on. Python's own 5 ms is more than a request costs altogether.
+    sys.setswitchinterval(SWITCH_S)
+
+
+def _allow_many_files(connections: int) -> None:
     # Each client connection may need one to an engine as well; the rest is for logs, database and pipes.
     wanted = 2 * connections + 1024
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -70,7 +81,7 @@ def allow_many_files(connections: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def forbid_core_dumps() -> None:
+def _forbid_core_dumps() -> None:
     # Keys live in this process: no core dumps, no ptrace and no /proc/PID/environ for other processes of this user.
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:

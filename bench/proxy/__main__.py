@@ -28,7 +28,7 @@ PACED = 1280  # requests, 20 for each connection
 IDLE = 1000
 # Events of each stream and milliseconds between two: few streams are fast, so that the daemon's own rest does not count
 # as theirs, and what 512 streams bring is a busy GPU's rate.
-SHAPES = {1: (600, 1), 8: (300, 2), 64: (60, 20), 512: (100, 20)}
+SHAPES = {1: (600, 1), 8: (300, 2), 64: (100, 20), 512: (100, 20)}
 SLOW_SHARE = 10
 """The naive route gets one part in so many of the requests, and its streams in the first round only."""
 

@@ -11,7 +11,6 @@ import asyncio
 import itertools
 import logging
 import os
-import socket
 import ssl
 import tempfile
 import time
@@ -222,13 +221,3 @@ class Gateway:
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
-
-
-def detect_dead_peer(transport: asyncio.Transport) -> None:
-    """A client whose machine vanished must not hold an engine for hours."""
-    sock = transport.get_extra_info("socket")
-    if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)

@@ -58,19 +58,16 @@ class Pool:
 
     def dial(self, on_done: Callable[[UpstreamConnection | ApiError], None]) -> Dial:
         """Open a new connection; ``on_done`` gets it or the reason why not, unless the dial is cancelled before."""
-        return Dial(self._connect(), on_done)
+        return Dial(self._connect(), on_done, self._connect_timeout_s)
 
     async def _connect(self) -> UpstreamConnection:
         loop, endpoint = asyncio.get_running_loop(), self.endpoint
         make = functools.partial(UpstreamConnection, self)
-        async with asyncio.timeout(self._connect_timeout_s):
-            if endpoint.uds is not None:
-                connection = await _connect_unix(loop, make, endpoint.uds)
-            else:
-                assert endpoint.host is not None  # noqa: S101 - an endpoint is one or the other
-                tls = (self._tls or default_tls()) if endpoint.tls else None
-                _, connection = await loop.create_connection(make, endpoint.host, endpoint.port or 0, ssl=tls)
-        return connection
+        if endpoint.uds is not None:
+            return await _connect_unix(loop, make, endpoint.uds)
+        assert endpoint.host is not None  # noqa: S101 - an endpoint is one or the other
+        tls = (self._tls or default_tls()) if endpoint.tls else None
+        return (await loop.create_connection(make, endpoint.host, endpoint.port or 0, ssl=tls))[1]
 
     def keep(self, connection: UpstreamConnection, now: float) -> None:
         """Take an idle connection back (``UpstreamConnection.release`` is the way to call this)."""
@@ -111,17 +108,27 @@ class Dial:
         self,
         connecting: Coroutine[Any, Any, UpstreamConnection],
         on_done: Callable[[UpstreamConnection | ApiError], None],
+        timeout_s: float,
     ) -> None:
+        loop = asyncio.get_running_loop()
         self._on_done: Callable[[UpstreamConnection | ApiError], None] | None = on_done
-        self._task = asyncio.get_running_loop().create_task(connecting)
+        self._task = loop.create_task(connecting)
         self._task.add_done_callback(self._finished)
+        self._too_late = loop.call_later(timeout_s, self._give_up)
 
     def cancel(self) -> None:
         """Forget it; a connection that comes anyway is closed. Idempotent."""
         self._on_done = None
         self._task.cancel()
 
+    def _give_up(self) -> None:
+        on_done = self._on_done
+        self.cancel()
+        if on_done is not None:
+            on_done(UpstreamTimeout("The engine did not accept a connection in time"))
+
     def _finished(self, task: asyncio.Task[UpstreamConnection]) -> None:
+        self._too_late.cancel()
         on_done, self._on_done = self._on_done, None
         if task.cancelled():
             return

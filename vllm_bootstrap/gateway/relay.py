@@ -70,11 +70,11 @@ class Relay:
     ``comment``s; what then ``begin``s must be one (``continues``)."""
 
     __slots__ = (
-        "_bytes_seen", "_client", "_connection", "_head", "_last", "_mode", "announced", "begun", "bytes_out",
-        "is_events", "status", "tap",
+        "_bytes_seen", "_client", "_head", "_last", "_mode", "_write", "announced", "begun", "bytes_out", "is_events",
+        "status", "tap",
     )  # fmt: skip
 
-    _connection: UpstreamConnection  # from ``begin`` on
+    _write: Callable[[bytes], None]  # the client's, from ``flow`` on
 
     def __init__(self, client: Client, head: Head) -> None:
         self._client = client
@@ -113,12 +113,10 @@ class Relay:
         header lines of ours. The rest is for ``make_tap``."""
         head, answer, length = self._head, connection.answer, connection.content_length
         if self.announced:
-            self._connection = connection
             self.tap = make_tap(head.path, answer.kind, drops_usage=drops_usage, on_id=on_id)
             return b""
         self.begun = True
         self.status = status = connection.status
-        self._connection = connection
         self.is_events = is_events = answer.is_events
         if head.method == "HEAD" or status in _NO_BODY:
             mode = "none"
@@ -150,24 +148,26 @@ class Relay:
         return b""
 
     def flow(self) -> Callable[[bytes], None] | None:
-        """What passes on single pieces at the least cost, None for an answer that can have none."""
+        """What passes on single pieces at the least cost, None for an answer that can have none. Who reads them is told
+        by the client itself when they are too many (``on_client_full``)."""
         if self._mode == "none":
             return None
+        self._write = self._client.transport.write
         return self._pass_on_chunk if self._mode == "chunked" else self._pass_on
 
     def _pass_on_chunk(self, piece: bytes) -> None:
-        """The usual piece of a stream."""
-        if self.tap is not None:
-            piece = self.tap.feed(piece)
+        """The usual piece of a stream. What it looks at is not in the processor's caches any more when there are many
+        streams: the less, the better."""
+        tap = self.tap
+        if tap is None:
+            self._last = piece[-4:]  # the whole piece would stay in memory until the next one
+        else:
+            piece = tap.feed(piece)
             if not piece:
                 return
         size = len(piece)
         self.bytes_out += size
-        self._last = piece[-4:]  # the whole piece would stay in memory until the next one
-        client = self._client
-        client.transport.write(b"%x\r\n%b\r\n" % (size, piece))
-        if client.write_paused:
-            self._connection.pause()
+        self._write(b"%x\r\n%b\r\n" % (size, piece))
 
     def _pass_on(self, piece: bytes) -> None:
         """A piece of a body that needs no framing."""
@@ -175,9 +175,7 @@ class Relay:
             piece = self.tap.feed(piece)
         self.bytes_out += len(piece)
         self._last = piece[-4:]
-        self._client.transport.write(piece)
-        if self._client.write_paused:
-            self._connection.pause()
+        self._write(piece)
 
     def deliver(self, connection: UpstreamConnection, lead: bytes = b"") -> None:
         """Write what has come; pause the engine when the client does not keep up."""
@@ -211,7 +209,10 @@ class Relay:
         if not self.is_events or self._mode == "length":
             self._client.cut()
             return
-        at_boundary = not self._last or self._last.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
+        if self.tap is not None:
+            at_boundary = self.tap.between_events
+        else:
+            at_boundary = not self._last or self._last.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
         anthropic = self._head.path.endswith("/v1/messages")
         event = headers.error_event(error, at_boundary=at_boundary, anthropic=anthropic)
         if self._mode == "chunked":

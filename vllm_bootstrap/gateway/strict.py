@@ -19,15 +19,15 @@ from typing import Any, ClassVar
 
 import httptools
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from vllm_bootstrap.errors import ApiError, BadRequest, Draining, RequestTimeout, Unavailable
 from vllm_bootstrap.gateway import headers
 from vllm_bootstrap.gateway.claims import Claims
-from vllm_bootstrap.gateway.gateway import Gateway, detect_dead_peer
+from vllm_bootstrap.gateway.gateway import Gateway
 from vllm_bootstrap.gateway.head import Head, Headers
 from vllm_bootstrap.gateway.inbox import Inbox
+from vllm_bootstrap.gateway.late import LateProtocol
 from vllm_bootstrap.gateway.limits import LINGER_S, MIN_BODY_RATE
 
 _NEVER = math.inf
@@ -46,7 +46,7 @@ class _BodySink:
         self.on_message_complete = protocol.message_ends
 
 
-class StrictProtocol(Claims, HttpToolsProtocol):
+class StrictProtocol(Claims, LateProtocol):
     """uvicorn's protocol made strict. A subclass may claim requests; the others go to the ASGI app.
     What it must be able to do for that: ``Claims``.
     """
@@ -76,12 +76,10 @@ class StrictProtocol(Claims, HttpToolsProtocol):
     # Life of the connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        transport = self.gateway.outbox.wrap(transport)
-        super().connection_made(transport)
+        super().connection_made(self.gateway.outbox.wrap(transport))
         if not self.gateway.join(self):
             self.refuse(Unavailable("Too many connections", retry_after=1))
             return
-        detect_dead_peer(transport)
         self._deadline = self.loop.time() + self.gateway.limits.header_timeout_s
         self.gateway.idle[self] = None
 
@@ -178,6 +176,7 @@ class StrictProtocol(Claims, HttpToolsProtocol):
         if self._claimed:
             self._begin_claimed(head)
         else:
+            self.prepare_app()
             self.app_begins(head)
         if self._body_open and inbox.ahead:
             self._read_body(inbox.take_ahead())

@@ -43,6 +43,10 @@ class Tap(Protocol):
     tokens: int
     usage: Usage | None
 
+    @property
+    def between_events(self) -> bool:
+        """Whether what was passed on ends where an event ends, as far as there are events."""
+
     def feed(self, data: bytes) -> bytes:
         """Look at what has come; returns what is to be passed on now."""
 
@@ -80,6 +84,10 @@ class EventTap:
         self._passed = 0  # ... so many bytes were passed on already
         self.tokens = 0
         self.usage: Usage | None = None
+
+    @property
+    def between_events(self) -> bool:
+        return not self._passed
 
     def feed(self, data: bytes) -> bytes:
         if self._idle and data.endswith(_ENDS) and _MARK not in data:  # the usual piece of a stream: whole events
@@ -155,6 +163,8 @@ class BodyTap:
     """A JSON object that comes whole: counts nothing until it ends."""
 
     __slots__ = ("_head", "_on_id", "_room", "_tail", "tokens", "usage")
+
+    between_events = True
 
     def __init__(self, on_id: OnId | None = None) -> None:
         self._head: list[bytes] = []

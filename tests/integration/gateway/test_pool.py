@@ -133,7 +133,7 @@ def test_a_dial_that_is_given_up_too_late_closes_what_it_made() -> None:
 
     async def main() -> None:
         told: list[Any] = []
-        dial = Dial(connecting(), told.append)
+        dial = Dial(connecting(), told.append, 30.0)
         asyncio.get_running_loop().call_soon(dial.cancel)  # after it has connected, before anybody was told
         await eventually(lambda: made.aborted)
         assert told == []
@@ -182,7 +182,7 @@ def test_a_connection_that_is_lost_before_it_is_handed_over_is_none() -> None:
             return UpstreamConnection(pool)
 
         outcome: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        Dial(lost(), outcome.set_result)
+        Dial(lost(), outcome.set_result, 30.0)
         told = await asyncio.wait_for(outcome, 5)
         assert isinstance(told, UpstreamError)
         assert "at once" in told.message

@@ -61,6 +61,35 @@ def test_the_control_plane_gets_everything_else(tmp_path: Path) -> None:
     run(main())
 
 
+def test_the_app_and_engines_take_turns_on_one_connection(tmp_path: Path) -> None:
+    """What uvicorn keeps of a connection is made when the app is first asked on it: later than the connection itself,
+    and perhaps while the answer of an engine before it has not left yet."""
+    large = b"x" * 8_000_000
+
+    async def script(visit: Visit) -> None:
+        await visit.send(answer(large if b"large" in visit.body else b"{}"))
+
+    async def main() -> None:
+        async with running(tmp_path) as plane, RawUpstream(tmp_path / "e", script).running() as engine:
+            plane.announce(instance(engine.endpoint))
+            wire = await plane.connect()
+            control = request("GET", "/control")
+            for _ in range(2):
+                await wire.send(request())
+                assert (await wire.reply()).body == b"{}"
+                await wire.send(control)
+                assert (await wire.reply()).json["control"] is True
+            other = await plane.connect()
+            await other.send(request(body={"model": "model", "prompt": "large"}) + control + request() + control)
+            await eventually(lambda: any(one.write_paused for one in plane.gateway.connections))  # type: ignore[attr-defined]
+            assert (await other.reply()).body == large
+            assert (await other.reply()).json["path"] == "/control"
+            assert (await other.reply()).body == b"{}"
+            assert (await other.reply()).json["path"] == "/control"
+
+    run(main())
+
+
 NOBODY = [None, "sk-wrong"]
 
 

@@ -64,6 +64,18 @@ def test_any_cuts_at_all(cuts: list[int], together: bool, end: bytes) -> None:
     assert tap.usage == TOLD
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("drops", [True, False])
+def test_it_is_known_whether_what_was_passed_on_ends_an_event(end: bytes, *, drops: bool) -> None:
+    whole = b"".join([*BODY, USAGE, DONE]).replace(b"\n", end)
+    for cut in range(1, len(whole)):
+        tap, out = EventTap(drops_usage=drops), b""
+        for piece in (whole[:cut], whole[cut:]):
+            out += tap.feed(piece)
+            assert tap.between_events is (not out or out.endswith(end + end)), (cut, out[-20:])
+    assert BodyTap().between_events
+
+
 def test_whole_events_are_passed_on_as_they_are() -> None:
     tap, read = EventTap(drops_usage=True), chunk("a")
     assert tap.feed(read) is read
