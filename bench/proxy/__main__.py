@@ -1,11 +1,11 @@
 """What a proxied request and a streamed chunk cost: ``python -m bench.proxy`` (or ``make bench-proxy``).
 
-Contenders in one run: direct, nginx, sglang-router, a FastAPI route with httpx, and ours with a key, admission, limits,
-metrics and the access log on, all in front of the same backend over TCP; nginx and ours behind a Unix socket as well,
-where engines really listen. The proxy is pinned to one core, backend and load to another; figures are CPU time of the
-proxy's processes divided by the work, medians over interleaved rounds, because on a shared machine CPU time is steadier
-than throughput. Latencies are those of paced requests on an otherwise idle proxy, as the median over rounds of the
-difference to direct in the same round.
+Contenders in one run: direct, nginx, sglang-router, a FastAPI route with httpx, a splice in Python that does nothing
+but pass on, and ours with a key, admission, limits, metrics and the access log on, all in front of the same backend
+over TCP; nginx and ours behind a Unix socket as well, where engines really listen. The proxy is pinned to one core,
+backend and load to another; figures are CPU time of the proxy's processes divided by the work, medians over interleaved
+rounds, because on a shared machine CPU time is steadier than throughput. Latencies are those of paced requests on an
+otherwise idle proxy, as the median over rounds of the difference to direct in the same round.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from bench import common
@@ -26,9 +27,10 @@ from bench.proxy.contenders import KEY, Contender, Starter, pin, say
 CONNECTIONS = 64
 PACED = 1280  # requests, 20 for each connection
 IDLE = 1000
-# Events of each stream and milliseconds between two: few streams are fast, so that the daemon's own rest does not count
-# as theirs, and what 512 streams bring is a busy GPU's rate.
-SHAPES = {1: (600, 1), 8: (300, 2), 64: (100, 20), 512: (100, 20)}
+# Events of each stream and milliseconds between two: few streams are long, so that their beginning does not count for
+# much, and what 512 streams bring is a busy GPU's rate.
+SHAPES = {1: (1500, 1), 8: (800, 2), 64: (100, 20), 512: (100, 20)}
+IDLE_S = 2.0
 SLOW_SHARE = 10
 """The naive route gets one part in so many of the requests, and its streams in the first round only."""
 
@@ -68,12 +70,20 @@ def measure_round(contender: Contender, requests: int, streams: list[int], *, fi
     slow = contender.slow
     if slow and not first:
         return
+    measure_idle(contender)
     measure_requests(contender, requests // SLOW_SHARE if slow else requests)
     measure_latency(contender)
     for count in streams:
         measure_streams(contender, count)
     if first and not slow and contender.process is not None:
         measure_memory(contender)
+
+
+def measure_idle(contender: Contender) -> None:
+    """What it spends while nothing is asked of it. That is no request's and no chunk's: ``load`` takes it off."""
+    before = cpu_s(contender)
+    time.sleep(IDLE_S)
+    contender.idle_ms.append((cpu_s(contender) - before) / IDLE_S * 1000)
 
 
 def measure_requests(contender: Contender, total: int) -> None:
@@ -116,9 +126,9 @@ def measure_memory(contender: Contender) -> None:
 
 def load(contender: Contender, work: str) -> tuple[dict[str, float | list[float]], float]:
     """One run of the load and the CPU seconds the contender spent on it."""
-    before = cpu_s(contender)
+    before, began = cpu_s(contender), time.monotonic()
     output = subprocess.run(command(contender, work), check=True, capture_output=True, text=True)
-    spent = cpu_s(contender) - before
+    spent = cpu_s(contender) - before - contender.idle_ms[-1] / 1000 * (time.monotonic() - began)
     result = json.loads(output.stdout)
     if result["failed"]:
         raise SystemExit(f"{contender.name}: {work}: {result['failed']} failed, {result['done']} done")
@@ -146,8 +156,15 @@ def rss_mb(contender: Contender) -> float:
 
 
 def tables(contenders: list[Contender], streams: list[int]) -> str:
-    heads = ["µs of CPU a request", *(f"a chunk, {n} stream{'s' * (n > 1)}" for n in streams)]
-    cost = [[one.name, shown([one.request_us]), *(shown([one.chunk_us[n]]) for n in streams)] for one in contenders[1:]]
+    heads = [
+        "idle, ms of CPU a second",
+        "µs of CPU a request",
+        *(f"a chunk, {n} stream{'s' * (n > 1)}" for n in streams),
+    ]
+    cost = [
+        [one.name, shown([one.idle_ms]), shown([one.request_us]), *(shown([one.chunk_us[n]]) for n in streams)]
+        for one in contenders[1:]
+    ]
     most = max(streams)
     rest = [
         [

@@ -60,6 +60,7 @@ class Contender:
     port: int
     process: subprocess.Popen[bytes] | None = None
     slow: bool = False
+    idle_ms: list[float] = field(default_factory=list)
     request_us: list[float] = field(default_factory=list)
     chunk_us: dict[int, list[float]] = field(default_factory=dict)
     rate: dict[int, list[float]] = field(default_factory=dict)
@@ -115,6 +116,7 @@ class Starter:
             "nginx": lambda name: self.nginx(name, tcp),
             SGLANG_ROUTER.replace("==", " "): lambda name: self.sglang_router(name, backend),
             "FastAPI + httpx": lambda name: self.naive(name, backend),
+            "bare splice in Python": lambda name: self.splice(name, backend),
             "vllm-bootstrap": lambda name: self.ours(name, url),
             "nginx, Unix socket": lambda name: self.nginx(name, unix),
             "vllm-bootstrap, Unix socket": lambda name: self.ours(name, uds),
@@ -159,6 +161,14 @@ class Starter:
         )
         wait_for(port)
         return Contender(name, port, process, slow=True)
+
+    def splice(self, name: str, backend: Backend) -> Contender:
+        port = free_port()
+        process = self.spawn(
+            [sys.executable, "-m", "bench.proxy.splice", str(port), str(backend.port)], core=0, log="splice"
+        )
+        wait_for(port)
+        return Contender(name, port, process)
 
     def ours(self, name: str, where: dict[str, str]) -> Contender:
         """With keys, scheduling, limits, metrics and the access log on."""
