@@ -45,7 +45,7 @@ class LateProtocol(HttpToolsProtocol):
         self.connections.add(self)
 
     def prepare_app(self) -> None:
-        """The app gets a request. Idempotent."""
+        """The app gets a request. Idempotent. The app is told no address of a client that is gone already."""
         if self._has_app:
             return
         self._has_app = True

@@ -43,6 +43,8 @@ class Tunnel:
         early = self._engine.splice(self)
         self._client.transport.write(lead + early)
         ahead = self._client.become_tunnel(self)
+        if self._client.write_paused:  # by an answer before this one: that was said to nobody who could have told us
+            self._engine.pause()
         if ahead:
             self.from_client(ahead)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from websockets.asyncio.client import connect
 from websockets.asyncio.server import ServerConnection, unix_serve
 
 from tests.support.aio import eventually
-from tests.support.data_plane import LAUNCH, Plane, instance, request, run, running
+from tests.support.data_plane import LAUNCH, Plane, Wire, instance, request, run, running
 from tests.support.raw_upstream import RawUpstream, Visit, answer
 from vllm_bootstrap.gateway import GatewayLimits
 from vllm_bootstrap.gateway.headers import websocket_accept
@@ -242,6 +243,51 @@ def test_neither_side_is_flooded(tmp_path: Path) -> None:
             assert len(await wire.at_end()) == 20_000_000 + len(b"early")
             await sending
             assert counts == {"in": 20_000_000, "out": 20_000_000}
+
+    run(main())
+
+
+def test_a_client_that_has_not_read_the_answer_before_is_not_flooded(tmp_path: Path) -> None:
+    """Its connection is full before the tunnel begins, so that no event tells so any more."""
+    counts = {"out": 0}
+
+    async def flood(visit: Visit) -> None:
+        for _ in range(300):
+            await visit.send(b"x" * 100_000)
+            counts["out"] += 100_000
+        visit.writer.close()
+
+    async def script(visit: Visit) -> None:
+        if visit.lines[0].startswith(b"POST"):
+            await visit.send(answer(b"z" * 150_000))
+        else:
+            await accepting(flood)(visit)
+
+    async def main() -> None:
+        async with running(tmp_path) as plane, RawUpstream(tmp_path / "e", script).running() as engine:
+            plane.announce(instance(engine.endpoint))
+            sock = socket.socket()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", plane.port))
+            await eventually(lambda: len(plane.gateway.connections) == 1)
+            (connection,) = plane.gateway.connections
+            transport = connection.transport  # type: ignore[attr-defined]
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 * 1024)
+            reader, writer = await asyncio.open_connection(sock=sock, limit=4096)
+            wire = Wire(reader, writer)
+            await wire.send(request() + request("GET", PATHS[0], headers=HANDSHAKE))
+            await eventually(lambda: counts["out"] > 0)
+            seen = -1
+            while seen != counts["out"]:
+                seen = counts["out"]
+                await asyncio.sleep(0.05)  # until nothing moves any more
+            assert transport.get_write_buffer_size() < 1_000_000
+            assert counts["out"] < 15_000_000
+            assert len((await wire.reply()).body) == 150_000
+            assert (await wire.head())[0] == 101
+            assert len(await wire.at_end(30)) == 30_000_000 + len(b"early")
+            wire.close()
 
     run(main())
 
