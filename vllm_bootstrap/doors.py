@@ -70,7 +70,7 @@ def listen(settings: Settings) -> socket.socket:
 
 
 def _detect_dead_peers(listener: socket.socket) -> None:
-    """A client whose machine vanished must not hold an engine for hours. Accepted connections inherit this (tcp(7))."""
+    """A client whose machine vanished must not hold an engine for hours. On Linux accepted connections inherit this."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)

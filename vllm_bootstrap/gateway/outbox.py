@@ -52,13 +52,8 @@ class Outbox:
         """Write what waits. Idempotent."""
         waiting, self.waiting = self.waiting, []
         for one in waiting:
-            try:  # as HeldTransport.flush, which would be one more call for each piece of each stream
-                held = one._held  # noqa: SLF001 - the two are one mechanism
-                if held:
-                    one._held = b""  # noqa: SLF001
-                    inner = one.inner
-                    if not inner.is_closing():
-                        inner.write(held)
+            try:
+                one.flush()
             except Exception:  # noqa: BLE001 - one connection's trouble must not keep back what others have written
                 _log.exception("a write failed")
                 one.abort()

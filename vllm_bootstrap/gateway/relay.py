@@ -148,16 +148,15 @@ class Relay:
         return b""
 
     def flow(self) -> Callable[[bytes], None] | None:
-        """What passes on single pieces at the least cost, None for an answer that can have none. Who reads them is told
-        by the client itself when they are too many (``on_client_full``)."""
+        """What passes on single pieces at the least cost, None for an answer that can have none. Whether the client
+        keeps up is not looked at for each: it tells the exchange by itself, which pauses the engine."""
         if self._mode == "none":
             return None
         self._write = self._client.transport.write
         return self._pass_on_chunk if self._mode == "chunked" else self._pass_on
 
     def _pass_on_chunk(self, piece: bytes) -> None:
-        """The usual piece of a stream. What it looks at is not in the processor's caches any more when there are many
-        streams: the less, the better."""
+        """The usual piece of a stream."""
         tap = self.tap
         if tap is None:
             self._last = piece[-4:]  # the whole piece would stay in memory until the next one

@@ -250,6 +250,7 @@ def test_neither_side_is_flooded(tmp_path: Path) -> None:
 def test_a_client_that_has_not_read_the_answer_before_is_not_flooded(tmp_path: Path) -> None:
     """Its connection is full before the tunnel begins, so that no event tells so any more."""
     counts = {"out": 0}
+    full = asyncio.Event()
 
     async def flood(visit: Visit) -> None:
         for _ in range(300):
@@ -259,8 +260,9 @@ def test_a_client_that_has_not_read_the_answer_before_is_not_flooded(tmp_path: P
 
     async def script(visit: Visit) -> None:
         if visit.lines[0].startswith(b"POST"):
-            await visit.send(answer(b"z" * 150_000))
+            await visit.send(answer(b"z" * 180_000))
         else:
+            await full.wait()
             await accepting(flood)(visit)
 
     async def main() -> None:
@@ -277,6 +279,8 @@ def test_a_client_that_has_not_read_the_answer_before_is_not_flooded(tmp_path: P
             reader, writer = await asyncio.open_connection(sock=sock, limit=4096)
             wire = Wire(reader, writer)
             await wire.send(request() + request("GET", PATHS[0], headers=HANDSHAKE))
+            await eventually(lambda: connection.write_paused)  # type: ignore[attr-defined]
+            full.set()
             await eventually(lambda: counts["out"] > 0)
             seen = -1
             while seen != counts["out"]:
@@ -284,7 +288,7 @@ def test_a_client_that_has_not_read_the_answer_before_is_not_flooded(tmp_path: P
                 await asyncio.sleep(0.05)  # until nothing moves any more
             assert transport.get_write_buffer_size() < 1_000_000
             assert counts["out"] < 15_000_000
-            assert len((await wire.reply()).body) == 150_000
+            assert len((await wire.reply()).body) == 180_000
             assert (await wire.head())[0] == 101
             assert len(await wire.at_end(30)) == 30_000_000 + len(b"early")
             wire.close()
