@@ -15,7 +15,8 @@ RequestClass = Literal["realtime", "batch"]
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where an engine listens: a Unix socket path, or host and port. ``credential`` is the engine's internal key."""
+    """Where an engine listens: a Unix socket path, or host and port. ``credential`` is the engine's internal key.
+    ``keep_alive_s``: after so long it closes an idle connection, None where that is not known."""
 
     uds: str | None = None
     host: str | None = None
@@ -23,6 +24,7 @@ class Endpoint:
     tls: bool = False
     base_path: str = ""
     credential: str | None = field(default=None, repr=False)
+    keep_alive_s: float | None = None
 
     def __post_init__(self) -> None:
         if (self.uds is None) == (self.host is None or self.port is None):

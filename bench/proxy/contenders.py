@@ -173,7 +173,7 @@ class Starter:
     def ours(self, name: str, where: dict[str, str]) -> Contender:
         """With keys, scheduling, limits, metrics and the access log on."""
         port, home = free_port(), self.folder()
-        engine = {"kind": "external", "served_names": ["bench"], "slots": 1024, **where}
+        engine = {"kind": "external", "served_names": ["bench"], "slots": 1024, "keep_alive_s": 120, **where}
         (home / "engines.json").write_text(json.dumps({"engines": {"bench": engine}}))
         entry = {
             "name": "bench", "token": KEY, "scopes": ["admin", "realtime"], "models": ["*"], "max_parallel": 1024,

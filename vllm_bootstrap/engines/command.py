@@ -53,6 +53,7 @@ class CommandDefinition:
     routes: tuple[EngineRoute, ...]
     has_metrics: bool = False
     env_allowed: frozenset[str] = frozenset()
+    keep_alive_s: float | None = None
     uses: frozenset[str] = field(default=frozenset())
 
     @property
@@ -113,9 +114,10 @@ class CommandEngine:
 
     def _endpoint(self, context: EngineContext) -> Endpoint:
         credential = context.internal_key if self._definition.key else None
+        keep_alive_s = self._definition.keep_alive_s
         if "uds" in self._definition.uses:
-            return Endpoint(uds=context.uds_path, credential=credential)
-        return Endpoint(host=context.host, port=context.port, credential=credential)
+            return Endpoint(uds=context.uds_path, credential=credential, keep_alive_s=keep_alive_s)
+        return Endpoint(host=context.host, port=context.port, credential=credential, keep_alive_s=keep_alive_s)
 
     def _refuse_what_has_no_place(self, spec: LaunchSpec, placement: Placement) -> None:
         uses = self._definition.uses

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,13 +24,14 @@ Definition = CommandDefinition | ExternalDefinition
 
 MAX_FILE_BYTES = 1024 * 1024
 MAX_SLOTS = 65_536
+MAX_KEEP_ALIVE_S = 3600
 RESERVED = frozenset({"vllm", "simulator"})
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PATH = re.compile(r"/[A-Za-z0-9_./*-]*")
 _METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"})
 
-_COMMON = frozenset({"kind", "slots", "health", "routes", "has_metrics"})
+_COMMON = frozenset({"kind", "slots", "health", "routes", "has_metrics", "keep_alive_s"})
 _COMMAND = _COMMON | {"argv", "env", "env_allowed"}
 _EXTERNAL = _COMMON | {
     "url", "uds", "credential_env", "credential_file", "served_names", "priority", "allows_http_media",
@@ -106,6 +108,17 @@ class _Entry:
             raise EnginesFileError(f"'slots' must be a number from 1 to {MAX_SLOTS}: how many requests run at once")
         return value
 
+    def keep_alive_s(self) -> float | None:
+        value = self.fields.get("keep_alive_s")
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_KEEP_ALIVE_S:
+            raise EnginesFileError(
+                f"'keep_alive_s' must be a number up to {MAX_KEEP_ALIVE_S}: after so many seconds the server closes an "
+                f"idle connection"
+            )
+        return float(value)
+
     def health(self) -> str:
         value = self.text("health", "/health")
         if not _PATH.fullmatch(value) or "*" in value:
@@ -158,6 +171,7 @@ def _command(entry: _Entry) -> CommandDefinition:
         routes=entry.routes(),
         has_metrics=entry.flag("has_metrics", default=False),
         env_allowed=frozenset(entry.texts("env_allowed")),
+        keep_alive_s=entry.keep_alive_s(),
         uses=in_argv | in_env,
     )
 
@@ -233,8 +247,8 @@ def _endpoint(entry: _Entry) -> Endpoint:
         uds = entry.text("uds")
         if not uds.startswith("/"):
             raise EnginesFileError("'uds' must be an absolute path")
-        return Endpoint(uds=uds)
-    return _url(entry.text("url"))
+        return Endpoint(uds=uds, keep_alive_s=entry.keep_alive_s())
+    return replace(_url(entry.text("url")), keep_alive_s=entry.keep_alive_s())
 
 
 def _url(text: str) -> Endpoint:

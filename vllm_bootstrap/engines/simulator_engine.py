@@ -25,7 +25,7 @@ from vllm_bootstrap.engines.failures import explain
 from vllm_bootstrap.engines.phases import parse_progress
 from vllm_bootstrap.engines.routes import vllm_routes
 from vllm_bootstrap.engines.simulator import knobs
-from vllm_bootstrap.engines.vllm_command import memory_fraction
+from vllm_bootstrap.engines.vllm_command import KEEP_ALIVE_S, memory_fraction
 from vllm_bootstrap.errors import BadRequest
 from vllm_bootstrap.serving import Endpoint
 
@@ -33,6 +33,7 @@ MODULE = "vllm_bootstrap.engines.simulator"
 DEFAULT_SLOTS = 32
 # The stop ladder kills after the grace; draining must be over before that.
 SHUTDOWN_MARGIN_S = 2
+_KEEP_ALIVE = "--keep-alive-timeout="
 # Without a model there is no code to trust; the memory fraction depends on the share and is set apart.
 _NOT_PASSED = {"trust_remote_code", "gpu_memory_utilization"}
 
@@ -73,6 +74,8 @@ class SimulatorEngine:
 
     def command(self, spec: LaunchSpec, placement: Placement, context: EngineContext) -> EngineCommand:
         """Command line and environment; the internal key and the hub token only in the latter."""
+        arguments = (f"{_KEEP_ALIVE}{KEEP_ALIVE_S}", *self._arguments(spec))  # of two of a kind the last one counts
+        keep_alive_s = [float(one.removeprefix(_KEEP_ALIVE)) for one in arguments if one.startswith(_KEEP_ALIVE)][-1]
         argv = [
             self._python,
             "-m",
@@ -83,7 +86,7 @@ class SimulatorEngine:
             f"--tensor-parallel-size={placement.tensor_parallel_size}",
             f"--pipeline-parallel-size={placement.pipeline_parallel_size}",
             f"--shutdown-timeout={self._shutdown_timeout_s}",
-            *self._arguments(spec),
+            *arguments,
             *(["--enable-sleep-mode"] if spec.sleep else []),
         ]
         fraction = memory_fraction(spec, placement)
@@ -94,7 +97,7 @@ class SimulatorEngine:
         return EngineCommand(
             argv=tuple(argv),
             env=self._environment(spec, placement, context),
-            endpoint=Endpoint(uds=context.uds_path, credential=context.internal_key),
+            endpoint=Endpoint(uds=context.uds_path, credential=context.internal_key, keep_alive_s=keep_alive_s),
             secrets=tuple(filter(None, (context.internal_key, context.hf_token))),
         )
 

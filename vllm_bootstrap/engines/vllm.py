@@ -72,7 +72,8 @@ class VllmEngine:
         argv += vllm_command.listen_flags(context, can)
         env = vllm_command.environment(spec, placement, context, can, self._options, install.bin_dir)
         secrets = tuple(secret for secret in (context.internal_key, context.hf_token) if secret)
-        return EngineCommand(tuple(argv), env, _endpoint(context, can), secrets, cwd=context.tmp_dir)
+        endpoint = _endpoint(context, can, vllm_command.keep_alive_s(env))
+        return EngineCommand(tuple(argv), env, endpoint, secrets, cwd=context.tmp_dir)
 
     def traits(self, spec: LaunchSpec) -> Traits:
         """Never raises: a launch must stay visible when its vLLM was uninstalled under it."""
@@ -126,7 +127,7 @@ def _model(spec: LaunchSpec, install: Install) -> list[str]:
     return [model] if install.form is Form.SERVE else [f"--model={model}"]
 
 
-def _endpoint(context: EngineContext, can: Capabilities) -> Endpoint:
+def _endpoint(context: EngineContext, can: Capabilities, keep_alive_s: float) -> Endpoint:
     if can.has("--uds"):
-        return Endpoint(uds=context.uds_path)
-    return Endpoint(host=context.host, port=context.port, credential=context.internal_key)
+        return Endpoint(uds=context.uds_path, keep_alive_s=keep_alive_s)
+    return Endpoint(host=context.host, port=context.port, credential=context.internal_key, keep_alive_s=keep_alive_s)

@@ -35,7 +35,10 @@ _DOMAIN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?")
 CPU_KV_CACHE_GIB = 2
 # Our own start and stall timeouts end a start; the engine's must never be the first to fire.
 ENGINE_READY_TIMEOUT_S = 86_400
+# Idle connections stay open for longer than vLLM's own 5 s: opening one costs its API server as much as a short answer.
 KEEP_ALIVE_S = 120
+OWN_KEEP_ALIVE_S = 5.0
+_KEEP_ALIVE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
 # The stop ladder kills after the grace; the engine must be done draining before that.
 SHUTDOWN_MARGIN_S = 2
 QUIET_ENDPOINTS = "/health,/metrics,/v1/models,/version"
@@ -273,10 +276,16 @@ def environment(
     return env
 
 
+def keep_alive_s(env: Mapping[str, str]) -> float:
+    """How long vLLM keeps an idle connection in this environment."""
+    given = env.get(_KEEP_ALIVE, "")
+    return float(given) if given.isdigit() else OWN_KEEP_ALIVE_S  # it reads a whole number, or does not start
+
+
 def _defaults(spec: LaunchSpec, placement: Placement, can: Capabilities) -> dict[str, str]:
     env: dict[str, str] = {}
     if can.basis >= (0, 9, 2):
-        env["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = str(KEEP_ALIVE_S)
+        env[_KEEP_ALIVE] = str(KEEP_ALIVE_S)
     if can.basis >= (0, 15, 1):
         env["VLLM_ENGINE_READY_TIMEOUT_S"] = str(ENGINE_READY_TIMEOUT_S)
     # Without a size, recent CPU builds reserve nine tenths of the host's memory and refuse to start below that.

@@ -20,12 +20,15 @@ from vllm_bootstrap.gateway.upstream import UpstreamConnection
 from vllm_bootstrap.serving import Endpoint
 
 BACKLOG_PAUSE_S = 0.02
+CLOSING_S = 1.0
+"""So long before an engine closes an idle connection it is not used any more."""
 
 _log = logging.getLogger(__name__)
 
 
 class Pool:
-    """Connections to one endpoint. ``keep_alive_s``: how long an idle one may be used again."""
+    """Connections to one endpoint. ``keep_alive_s``: how long an idle one may be used again, unless the endpoint says
+    how long the engine keeps it."""
 
     def __init__(
         self,
@@ -39,7 +42,8 @@ class Pool:
         self.endpoint = endpoint
         self.outbox = outbox or Outbox()
         self._connect_timeout_s = connect_timeout_s
-        self._keep_alive_s = keep_alive_s
+        known = endpoint.keep_alive_s
+        self._keep_alive_s = keep_alive_s if known is None else max(known - CLOSING_S, known / 2)
         self._tls = tls
         self._idle: list[UpstreamConnection] = []
         self._closed = False

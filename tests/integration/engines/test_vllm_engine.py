@@ -60,12 +60,14 @@ def test_a_model_that_lies_here_whole_is_given_as_its_folder_so_that_no_hub_is_a
 
 def test_where_it_listens():
     context = engines.context()
-    assert engine().command(engines.spec(), engines.cuda(), context).endpoint == Endpoint(uds=context.uds_path)
+    assert engine().command(engines.spec(), engines.cuda(), context).endpoint == Endpoint(
+        uds=context.uds_path, keep_alive_s=120
+    )
     assert not engine().needs_port(engines.spec())
     old = engine("0.9.2")
     assert old.needs_port(engines.spec())
     endpoint = old.command(engines.spec(), engines.cuda(), context).endpoint
-    assert endpoint == Endpoint(host="127.0.0.1", port=8101, credential=engines.KEY)
+    assert endpoint == Endpoint(host="127.0.0.1", port=8101, credential=engines.KEY, keep_alive_s=120)
 
 
 def test_a_good_launch_passes():

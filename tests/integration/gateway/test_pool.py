@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,29 @@ class Waiter:
 
 def pool_of(endpoint: Endpoint) -> Pool:
     return Pool(endpoint, connect_timeout_s=5, keep_alive_s=4)
+
+
+@pytest.mark.parametrize(
+    ("engine_closes_after_s", "used_until_s"), [(None, 4), (120, 119), (5, 4), (1, 0.5), (0.1, 0.05)]
+)
+def test_idle_connections_are_used_until_shortly_before_the_engine_closes_them(
+    tmp_path: Path, engine_closes_after_s: float | None, used_until_s: float
+) -> None:
+    async def main() -> None:
+        async with RawUpstream(tmp_path / "e").running() as engine:
+            pool = pool_of(replace(engine.endpoint, keep_alive_s=engine_closes_after_s))
+            first = await used(pool, 100.0)
+            pool.sweep(100.0 + used_until_s * 0.99)
+            assert pool.take(100.0 + used_until_s * 0.99) is first
+            first.abort()
+            await used(pool, 100.0)
+            assert pool.take(100.0 + used_until_s * 1.01) is None
+            await used(pool, 100.0)
+            pool.sweep(100.0 + used_until_s * 1.01)
+            assert pool.idle == 0
+            await eventually(lambda: engine.open == 0)
+
+    run(main())
 
 
 async def dialled(pool: Pool) -> UpstreamConnection | ApiError:

@@ -63,6 +63,14 @@ def test_a_command_in_full():
     assert made.routes[1] == EngineRoute("GET", "/slots", frozenset({"monitor", "admin"}))
 
 
+def test_how_long_it_keeps_idle_connections():
+    assert one().keep_alive_s is None
+    assert one(keep_alive_s=65).keep_alive_s == 65
+    at = Endpoint(host="h", port=80, keep_alive_s=0.5)
+    assert one(base="external", url="http://h", keep_alive_s=0.5).endpoint == at
+    assert one(base="external", url=..., uds="/e", keep_alive_s=5).endpoint == Endpoint(uds="/e", keep_alive_s=5)
+
+
 def test_an_external_engine_on_a_socket():
     made = one(
         base="external", url=..., uds="/run/engine.sock", priority="field", allows_http_media=True, credential_env="KEY"
@@ -114,6 +122,10 @@ def test_names(name):
         ({"health": "health"}, "'health'"),
         ({"health": ""}, "'health'"),
         ({"has_metrics": "yes"}, "'has_metrics'"),
+        ({"keep_alive_s": 0}, "'keep_alive_s'"),
+        ({"keep_alive_s": True}, "'keep_alive_s'"),
+        ({"keep_alive_s": "5"}, "'keep_alive_s'"),
+        ({"keep_alive_s": 3601}, "'keep_alive_s' must be a number up to 3600"),
         ({"argv": []}, "'argv'"),
         ({"argv": "serve {port}"}, "'argv'"),
         ({"argv": [["a"], "{port}"]}, "'argv'"),

@@ -49,6 +49,14 @@ def test_the_command_line_says_where_and_what():
     assert not engine.needs_port(wish)
 
 
+@pytest.mark.parametrize(
+    ("extra", "seconds"), [({}, 120), ({"keep-alive-timeout": 3}, 3), ({"--keep_alive_timeout": 0.5}, 0.5)]
+)
+def test_idle_connections_stay_open_as_long_as_with_vllm_unless_a_knob_says_otherwise(extra, seconds):
+    command = SimulatorEngine().command(spec(extra_args=extra), MOCK, CONTEXT)
+    assert options_of(command).keep_alive_timeout == command.endpoint.keep_alive_s == seconds
+
+
 def test_secrets_are_in_the_environment_only_and_are_named_for_masking():
     command = SimulatorEngine().command(spec(), MOCK, CONTEXT)
     assert (command.env["VLLM_API_KEY"], command.env["HF_TOKEN"]) == ("internal-secret", "hf_secret")

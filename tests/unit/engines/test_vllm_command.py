@@ -220,6 +220,14 @@ def test_what_must_hold_wins_over_the_launch_and_defaults_do_not():
     assert env["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] == "9"
 
 
+@pytest.mark.parametrize(
+    ("version", "given", "seconds"), [("0.32.0", None, 120), ("0.32.0", "9", 9), ("0.9.1", None, 5), ("0.32.0", "x", 5)]
+)
+def test_how_long_idle_connections_stay_open(version, given, seconds):
+    spec = engines.spec(env={} if given is None else {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": given})
+    assert vllm_command.keep_alive_s(command(version, spec, engines.cuda())["env"]) == seconds
+
+
 def lora(spec, version="0.32.0", rank=None):
     made = vllm_command.flags(spec, engines.cuda(), capabilities(parse(version)), VllmOptions(), rank)
     return [arg for arg in made if "lora" in arg or ("=" in arg and not arg.startswith("--")) or arg.startswith("{")]
