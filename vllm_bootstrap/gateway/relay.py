@@ -8,24 +8,26 @@ Must not know: keys, queues, pools.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
 from vllm_bootstrap.errors import ApiError
 from vllm_bootstrap.gateway import headers
 from vllm_bootstrap.gateway.head import Head, Headers
+from vllm_bootstrap.gateway.outbox import HeldTransport
 from vllm_bootstrap.gateway.upstream import UpstreamConnection
 from vllm_bootstrap.gateway.usage import OnId, Tap, make_tap
 
 _NO_BODY = (204, 304)
 _CHUNKED = b"transfer-encoding: chunked\r\n"
+_KNOWN = 2048
+_SIZES = [b"%x\r\n" % size for size in range(_KNOWN)]  # how chunks begin that are as long as those of streams are
 
 
 class Client(Protocol):
     """The client's connection, as one exchange sees it."""
 
-    transport: asyncio.Transport
+    transport: HeldTransport
     write_paused: bool
 
     def closes_after_answer(self) -> bool:
@@ -152,7 +154,7 @@ class Relay:
         keeps up is not looked at for each: it tells the exchange by itself, which pauses the engine."""
         if self._mode == "none":
             return None
-        self._write = self._client.transport.write
+        self._write = self._client.transport.write_now
         return self._pass_on_chunk if self._mode == "chunked" else self._pass_on
 
     def _pass_on_chunk(self, piece: bytes) -> None:
@@ -166,7 +168,7 @@ class Relay:
                 return
         size = len(piece)
         self.bytes_out += size
-        self._write(b"%x\r\n%b\r\n" % (size, piece))
+        self._write(b"".join((_SIZES[size], piece, b"\r\n")) if size < _KNOWN else b"%x\r\n%b\r\n" % (size, piece))
 
     def _pass_on(self, piece: bytes) -> None:
         """A piece of a body that needs no framing."""

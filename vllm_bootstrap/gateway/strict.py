@@ -29,6 +29,7 @@ from vllm_bootstrap.gateway.head import Head, Headers
 from vllm_bootstrap.gateway.inbox import Inbox
 from vllm_bootstrap.gateway.late import LateProtocol
 from vllm_bootstrap.gateway.limits import LINGER_S, MIN_BODY_RATE
+from vllm_bootstrap.gateway.outbox import HeldTransport
 
 _NEVER = math.inf
 
@@ -52,6 +53,7 @@ class StrictProtocol(Claims, LateProtocol):
     """
 
     gateway: ClassVar[Gateway]
+    transport: HeldTransport
 
     def __init__(
         self,

@@ -131,6 +131,36 @@ def test_what_nobody_can_get_any_more_is_dropped() -> None:
     in_loop(test)
 
 
+def test_what_does_not_wait_leaves_at_once_behind_what_does() -> None:
+    async def test(outbox: Outbox) -> None:
+        inner = Inner()
+        transport = wrapped(outbox, inner)
+        transport.write(b"a")
+        transport.write_now(b"b")
+        assert inner.done == [b"a", b"b"]
+        transport.write_now(b"c")
+        inner.closing = True
+        transport.write_now(b"d")  # nobody can get that any more
+        await asyncio.sleep(0)
+        assert inner.done == [b"a", b"b", b"c"]
+
+    in_loop(test)
+
+
+def test_an_end_that_comes_early_does_not_keep_back_what_is_written_after_it() -> None:
+    async def test(outbox: Outbox) -> None:
+        inner = Inner()
+        transport = wrapped(outbox, inner)
+        transport.write(b"a")
+        outbox.flush()
+        transport.write(b"b")
+        assert inner.done == [b"a"]
+        await asyncio.sleep(0)
+        assert inner.done == [b"a", b"b"]
+
+    in_loop(test)
+
+
 def test_a_write_that_fails_costs_its_own_connection_only(caplog: pytest.LogCaptureFixture) -> None:
     async def test(outbox: Outbox) -> None:
         broken, sound = Inner(), Inner()

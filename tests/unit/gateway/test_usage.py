@@ -86,6 +86,15 @@ def test_whole_events_are_passed_on_as_they_are() -> None:
     crlf = chunk("a").replace(b"\n", b"\r\n")
     assert tap.feed(crlf) is crlf
     assert tap.tokens == 4
+    named = b"event: token\n" + chunk("a")
+    assert tap.feed(named) is named
+    assert tap.tokens == 5
+
+
+def test_a_piece_of_one_byte_is_no_event() -> None:
+    tap = EventTap()
+    assert (tap.feed(b"x"), tap.tokens, tap.between_events) == (b"x", 0, False)
+    assert (tap.feed(b"\n\n"), tap.tokens, tap.between_events) == (b"\n\n", 1, True)
 
 
 def test_content_that_is_cut_is_not_held_back() -> None:
