@@ -35,9 +35,10 @@ _DOMAIN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?")
 CPU_KV_CACHE_GIB = 2
 # Our own start and stall timeouts end a start; the engine's must never be the first to fire.
 ENGINE_READY_TIMEOUT_S = 86_400
-# Idle connections stay open for longer than vLLM's own 5 s: opening one costs its API server as much as a short answer.
+# vLLM's own is shorter than many a pause between two requests, which would open a new connection each.
 KEEP_ALIVE_S = 120
-OWN_KEEP_ALIVE_S = 5.0
+OWN_KEEP_ALIVE_S = 5
+LONGEST_KEEP_ALIVE_S = 3600
 _KEEP_ALIVE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
 # The stop ladder kills after the grace; the engine must be done draining before that.
 SHUTDOWN_MARGIN_S = 2
@@ -277,9 +278,11 @@ def environment(
 
 
 def keep_alive_s(env: Mapping[str, str]) -> float:
-    """How long vLLM keeps an idle connection in this environment."""
-    given = env.get(_KEEP_ALIVE, "")
-    return float(given) if given.isdigit() else OWN_KEEP_ALIVE_S  # it reads a whole number, or does not start
+    """How long vLLM keeps an idle connection in this environment. It reads a whole number, or does not start."""
+    try:
+        return min(int(env[_KEEP_ALIVE]), LONGEST_KEEP_ALIVE_S)
+    except (KeyError, ValueError):
+        return OWN_KEEP_ALIVE_S
 
 
 def _defaults(spec: LaunchSpec, placement: Placement, can: Capabilities) -> dict[str, str]:

@@ -221,7 +221,17 @@ def test_what_must_hold_wins_over_the_launch_and_defaults_do_not():
 
 
 @pytest.mark.parametrize(
-    ("version", "given", "seconds"), [("0.32.0", None, 120), ("0.32.0", "9", 9), ("0.9.1", None, 5), ("0.32.0", "x", 5)]
+    ("version", "given", "seconds"),
+    [
+        ("0.32.0", None, 120),
+        ("0.32.0", "9", 9),
+        ("0.9.1", None, 5),
+        ("0.32.0", "x", 5),
+        ("0.32.0", "\N{SUPERSCRIPT TWO}", 5),
+        ("0.32.0", " 2", 2),
+        ("0.32.0", "-1", -1),
+        ("0.32.0", "9" * 400, 3600),
+    ],
 )
 def test_how_long_idle_connections_stay_open(version, given, seconds):
     spec = engines.spec(env={} if given is None else {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": given})
