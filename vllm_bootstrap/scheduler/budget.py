@@ -6,7 +6,8 @@ Invariant: the allowance is between 0 and slots minus the realtime reserve; batc
 The allowance, the first case that applies (docs/scheduling.md has the reasons):
 
 1. realtime is idle                 -> up from the cap, twice as much every quarter of a second, to all but the reserve
-2. realtime is active, unknown yet  -> nothing, for some seconds, until its answers alone have been seen
+2. realtime is active, unknown yet  -> nothing, for some seconds, until its answers alone have been seen, and once more
+                                       soon after
 3. realtime is active               -> the least of
    a. what the engine's memory holds: less when its cache is nearly full or it preempts, slowly back up
    b. the slots that realtime and its reserve leave
@@ -28,7 +29,8 @@ import math
 from dataclasses import dataclass
 from math import log
 
-from vllm_bootstrap.scheduler.budget_cap import GOOD_SAMPLES, SETTLE_S, Cap
+from vllm_bootstrap.scheduler.budget_baseline import GOOD_SAMPLES
+from vllm_bootstrap.scheduler.budget_cap import SETTLE_S, Cap
 from vllm_bootstrap.scheduler.budget_floor import Floor
 from vllm_bootstrap.scheduler.budget_pacing import Pacing, grown, ratio
 from vllm_bootstrap.scheduler.ports import BatchBudget, BudgetReport, EngineSignals
@@ -40,6 +42,8 @@ LISTEN_S, LISTEN_EVERY_S = 5.0, 60.0
 # together or further apart than they were. Their geometric mean over some thirty does not get there by chance, and a
 # single pause does not move it far.
 PACE_CHANGED, PACE_WEIGHT, LISTEN_ANEW_S, SHORTEST_GAP_S = math.log(2), 1 / 32, 20.0, 0.001
+# Whatever made the engine slow when it was listened to is over by then.
+CONFIRM_S = 10.0
 RAMP_S = 0.25
 _QUICKEST = math.log(SHORTEST_GAP_S)
 KV_FULL, KV_EASY = 0.95, 0.85
@@ -66,6 +70,7 @@ class Budget(BatchBudget):
     def __init__(self, policy: BudgetPolicy, slots: int) -> None:
         self._policy = policy
         self._cap = Cap(policy.ttft_factor)
+        self._baseline = self._cap.baseline
         self._floor = Floor(policy.floor_share)
         self._pacing = Pacing()
         self._slots = self._reserve = self._memory = 0
@@ -77,6 +82,7 @@ class Budget(BatchBudget):
         self._hold_s = self._least_hold_s = min(policy.idle_after_s, LONGEST_HOLD_S)
         self._active_until = -math.inf
         self._listen_until = self._listen_again = self._listened_at = -math.inf
+        self._confirm_at = math.inf
         # Logarithm of the seconds between two arrivals: lately, and when the baseline was made.
         self._pace: float | None = None
         self._known_pace: float | None = None
@@ -105,27 +111,30 @@ class Budget(BatchBudget):
             self._gap_s = usual = usual + GAP_WEIGHT * (gap - usual)
             if hold_s != self._least_hold_s or PAUSES * usual > hold_s:
                 self._hold_s = min(max(self._least_hold_s, PAUSES * usual), LONGEST_HOLD_S)
-        if now >= self._listen_again and not self._cap.knows(now):
-            self._listen(now)
+        if now >= self._listen_again and not self._baseline.knows(now):
+            self._listen(now, then=now + CONFIRM_S)
         elif now >= self._listened_at + LISTEN_ANEW_S and self._pace_changed():
-            self._cap.forget()
-            self._listen(now)
+            self._baseline.replace()
+            self._listen(now, then=now + CONFIRM_S)
+        elif now >= self._confirm_at and self._baseline.knows(now):
+            self._baseline.confirm()
+            self._listen(now, then=math.inf)
         self._active_until = max(self._active_until, now + self._hold_s)
 
-    def _listen(self, now: float) -> None:
+    def _listen(self, now: float, *, then: float) -> None:
         # Not again, unless a first byte shows that realtime has any to time.
-        self._listened_at, self._known_pace = now, self._pace
+        self._listened_at, self._known_pace, self._confirm_at = now, self._pace, then
         self._listen_until, self._listen_again = now + LISTEN_S, math.inf
 
     def _pace_changed(self) -> bool:
         then, lately = self._known_pace, self._pace
-        if self._cap.baseline_s is None or then is None or lately is None:
+        if self._baseline.median_s is None or then is None or lately is None:
             return False
         return abs(lately - then) > PACE_CHANGED
 
     def realtime_granted(self, sequences: int, prompt_tokens: int, now: float) -> None:  # noqa: ARG002
         self._realtime += sequences
-        baseline_s = self._cap.baseline_s
+        baseline_s = self._baseline.median_s
         if baseline_s is not None:
             self._pacing.realtime(baseline_s, now)
         self._active_until = max(self._active_until, now + self._hold_s)
@@ -134,9 +143,11 @@ class Budget(BatchBudget):
         self._active_until = max(self._active_until, now + self._hold_s)
         self._listen_again = min(self._listen_again, now + LISTEN_EVERY_S)
         if self._batch:
+            if now >= self._listen_until:
+                self._baseline.settle()
             self._cap.beside(ttft_s, self._batch, self._top, now)
         elif now - self._batch_over_at >= SETTLE_S:
-            self._cap.alone(ttft_s, now)
+            self._baseline.hear(ttft_s, now)
             self._known_pace = self._pace
             self._cap.recover(self._top, now)
 
@@ -201,7 +212,7 @@ class Budget(BatchBudget):
         top = self._top
         if not self._active(now):  # 1
             return min(top, self._ramp(now))
-        if now < self._listen_until and self._policy.cap and not self._cap.knows(now, GOOD_SAMPLES):  # 2
+        if now < self._listen_until and self._policy.cap and not self._baseline.knows(now, GOOD_SAMPLES):  # 2
             return 0
         room = self._slots - self._reserve - self._realtime
         cap = self._cap.value(self._slots - self._reserve) if self._policy.cap else top
@@ -247,7 +258,7 @@ class Budget(BatchBudget):
             batch_sequences=self._batch,
             realtime_sequences=self._realtime,
             reason=self._reason(now),
-            ttft_baseline_s=self._cap.baseline_s,
+            ttft_baseline_s=self._baseline.median_s,
             ttft_recent_s=self._cap.recent_s,
             step_s=self._step_s,
             promotions=self._promotions,

@@ -16,13 +16,10 @@ from __future__ import annotations
 import math
 from collections import deque
 
-MIN_SAMPLES = 8
-# Answers that make the baseline: wanted, and remembered; and for how long they are believed without a fresh one.
-GOOD_SAMPLES, BASELINE_SAMPLES, BASELINE_AGE_S = 32, 64, 300.0
+from vllm_bootstrap.scheduler.budget_baseline import MIN_SAMPLES, Baseline, part
+
 RECENT_SAMPLES = 40
-# The latest answers: this part of them begins earlier. Answers later than these times the factor are late; so many of
-# the last ones are too many.
-TAIL = 0.95
+# Answers later than the latest ones alone times the factor are late; so many of the last ones are too many.
 LATE_SAMPLES, LATE_ONES = 96, 3
 WIDEST = 1.5
 # Parts of the room: below the first the cap grows, above the second it shrinks. What a step of growth adds must not
@@ -38,16 +35,12 @@ class Cap:
 
     def __init__(self, factor: float) -> None:
         self._factor = factor
-        self._alone: deque[float] = deque(maxlen=BASELINE_SAMPLES)
-        self._alone_at = -math.inf
+        self.baseline = Baseline()
         self._recent: deque[float] = deque(maxlen=RECENT_SAMPLES)
         self._late: deque[bool] = deque(maxlen=LATE_SAMPLES)
         self._ran = 0
         self._told = 0
         self._changed_at = -math.inf
-        self._median = self._tail = 0.0
-        self.baseline_s: float | None = None
-        """The middle of what realtime is like alone."""
         self._value: float | None = None
 
     def value(self, ceiling: int) -> int:
@@ -59,42 +52,23 @@ class Cap:
     @property
     def recent_s(self) -> float | None:
         """The middle of what it was like since the cap last moved."""
-        return _part(self._recent, 0.5) if self._recent else None
-
-    def knows(self, now: float, samples: int = MIN_SAMPLES) -> bool:
-        """Whether there is a baseline of so many answers that can be trusted."""
-        return len(self._alone) >= samples and now - self._alone_at < BASELINE_AGE_S
-
-    def alone(self, ttft_s: float, now: float) -> None:
-        """A realtime answer began while no batch ran."""
-        if now - self._alone_at >= BASELINE_AGE_S:
-            self._alone.clear()
-        self._alone.append(ttft_s)
-        self._alone_at = now
-        self._told += 1
-        if len(self._alone) <= MIN_SAMPLES or self._told % MIN_SAMPLES == 0:
-            self._median, self._tail = _part(self._alone, 0.5), _part(self._alone, TAIL)
-            self.baseline_s = self._median
-
-    def forget(self) -> None:
-        """Realtime alone may not be any more what it was: the next answers without batch replace the baseline. Until
-        there are any, the old one is better than none."""
-        self._alone_at = -math.inf
+        return part(self._recent, 0.5) if self._recent else None
 
     def beside(self, ttft_s: float, batch: int, ceiling: int, now: float) -> None:
         """A realtime answer began while ``batch`` sequences ran."""
-        if len(self._alone) < MIN_SAMPLES or now - self._changed_at < SETTLE_S:
+        baseline = self.baseline
+        if baseline.median_s is None or now - self._changed_at < SETTLE_S:
             return
         self._recent.append(ttft_s)
-        self._late.append(ttft_s > self._factor * self._tail)
+        self._late.append(ttft_s > self._factor * baseline.tail_s)
         self._ran = max(self._ran, batch)
         self._told += 1
         if self._told % MIN_SAMPLES == 0 and len(self._recent) >= MIN_SAMPLES:
-            self._judge(ceiling, now)
+            self._judge(baseline.median_s, baseline.tail_s, ceiling, now)
 
-    def _judge(self, ceiling: int, now: float) -> None:
-        room = (self._factor - 1) * min(self._tail, WIDEST * self._median)
-        used = (_part(self._recent, 0.5) - self._median) / room if room > 0 else math.inf
+    def _judge(self, median_s: float, tail_s: float, ceiling: int, now: float) -> None:
+        room = (self._factor - 1) * min(tail_s, WIDEST * median_s)
+        used = (part(self._recent, 0.5) - median_s) / room if room > 0 else math.inf
         late = sum(self._late)
         cap = self.value(ceiling)
         if used > SHRINK_ABOVE or late >= LATE_ONES:
@@ -119,8 +93,3 @@ class Cap:
         self._changed_at = now
         self._ran = 0
         self._recent.clear()
-
-
-def _part(samples: deque[float], part: float) -> float:
-    ordered = sorted(samples)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * part))]

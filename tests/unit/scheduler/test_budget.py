@@ -10,9 +10,12 @@ QUICK = 0.010
 
 
 def learnt(slots: int = 128, now: float = 0.0, **policy: float) -> tuple[Budget, float]:
-    """A budget that knows what realtime is like alone, and the time; realtime is idle again."""
+    """A budget that has heard twice what realtime is like alone, and the time; realtime is idle again."""
     budget = Budget(BudgetPolicy(**policy), slots)  # type: ignore[arg-type]
     for _ in range(8):
+        now = answer(budget, now, QUICK)
+    now += 20
+    for _ in range(32):
         now = answer(budget, now, QUICK)
     return budget, now + 10
 
@@ -157,6 +160,58 @@ def test_realtime_at_another_pace_is_listened_to_anew(before_s, after_s):
     assert budget.report(now).ttft_baseline_s == 2 * QUICK
 
 
+@pytest.mark.parametrize(("first_s", "second_s"), [(3 * QUICK, QUICK), (QUICK, 3 * QUICK)])
+def test_what_realtime_is_like_alone_is_heard_twice_and_the_earlier_counts(first_s, second_s):
+    budget = Budget(BudgetPolicy(), 128)
+    now = steady(budget, 0, 0.1, 32, first_s)
+    run_batch(budget, now, 1, 3)
+    now = steady(budget, now, 0.1, 60, first_s)
+    assert budget.allowance(now) > 0
+    assert budget.report(now).ttft_baseline_s == first_s
+    while budget.allowance(now):  # it listens again
+        now = steady(budget, now, 0.1, 1, first_s)
+        assert now < 12
+    assert budget.take_back(now) == 3
+    for request in range(1, 4):
+        budget.batch_ended(request, 1, now)
+    now = steady(budget, now + 1, 0.1, 33, second_s)
+    assert budget.allowance(now) > 0
+    assert budget.report(now).ttft_baseline_s == QUICK
+    run_batch(budget, now, 4, 1)
+    for _ in range(1000):
+        now = steady(budget, now, 0.1, 1, QUICK)
+        assert budget.allowance(now) > 0, "twice is enough"
+
+
+def test_a_second_hearing_without_answers_changes_nothing():
+    budget = Budget(BudgetPolicy(), 128)
+    now = steady(budget, 0, 0.1, 32, QUICK)
+    run_batch(budget, now, 1, 1)
+    now = steady(budget, now, 0.1, 300, QUICK)  # that one runs on and on
+    assert budget.allowance(now) > 0
+    assert budget.report(now).ttft_baseline_s == QUICK
+
+
+def test_the_cap_is_judged_by_the_old_baseline_until_there_is_a_new_one():
+    budget = Budget(BudgetPolicy(), 128)
+    now = steady(budget, 0, 0.5, 80, QUICK)
+    run_batch(budget, now, 1, 100)
+    for _ in range(10):
+        now = steady(budget, now, 0.5, 40, QUICK)
+    before = budget.allowance(now)
+    assert before > 20
+    start = now
+    while budget.allowance(now):
+        now = steady(budget, now, 0.1, 1, QUICK)
+        assert now < start + 10
+    for request in range(1, 101):
+        budget.batch_ended(request, 1, now)
+    now = steady(budget, now + 1, 0.1, 3, QUICK)  # not enough to go by
+    run_batch(budget, now, 101, before)
+    now = steady(budget, now, 0.1, 120, 3 * QUICK)
+    assert 0 < budget.allowance(now) < before / 4
+
+
 def test_pauses_and_bursts_are_no_other_pace():
     budget = Budget(BudgetPolicy(), 128)
     now = steady(budget, 0, 0.1, 300, QUICK)
@@ -263,7 +318,7 @@ def test_the_cap_is_judged_by_the_most_that_ran():
 )
 def test_the_room_is_half_of_what_the_latest_answers_take_alone_but_not_of_outliers(latest, added, expected):
     budget, now = Budget(BudgetPolicy(), 128), 0.0
-    for number in range(32):
+    for number in range(96):
         now = answer(budget, now, latest * QUICK if number % 8 == 0 else QUICK)
     now += 10
     run_batch(budget, now, 1, 3)
@@ -274,7 +329,7 @@ def test_the_room_is_half_of_what_the_latest_answers_take_alone_but_not_of_outli
 
 def test_where_answers_begin_at_once_there_is_no_room():
     budget, now = Budget(BudgetPolicy(), 128), 0.0
-    for _ in range(8):
+    for _ in range(96):
         now = answer(budget, now, 0.0)
     now += 10
     run_batch(budget, now, 1, 3)
