@@ -25,7 +25,7 @@ from vllm_bootstrap.engines.failures import explain
 from vllm_bootstrap.engines.phases import parse_progress
 from vllm_bootstrap.engines.routes import vllm_routes
 from vllm_bootstrap.engines.simulator import knobs
-from vllm_bootstrap.engines.vllm_command import KEEP_ALIVE_S, memory_fraction
+from vllm_bootstrap.engines.vllm_command import KEEP_ALIVE_S, LONGEST_KEEP_ALIVE_S, memory_fraction
 from vllm_bootstrap.errors import BadRequest
 from vllm_bootstrap.serving import Endpoint
 
@@ -75,7 +75,7 @@ class SimulatorEngine:
     def command(self, spec: LaunchSpec, placement: Placement, context: EngineContext) -> EngineCommand:
         """Command line and environment; the internal key and the hub token only in the latter."""
         arguments = (f"{_KEEP_ALIVE}{KEEP_ALIVE_S}", *self._arguments(spec))  # of two of a kind the last one counts
-        keep_alive_s = [float(one.removeprefix(_KEEP_ALIVE)) for one in arguments if one.startswith(_KEEP_ALIVE)][-1]
+        kept_s = [float(one.removeprefix(_KEEP_ALIVE)) for one in arguments if one.startswith(_KEEP_ALIVE)][-1]
         argv = [
             self._python,
             "-m",
@@ -97,7 +97,9 @@ class SimulatorEngine:
         return EngineCommand(
             argv=tuple(argv),
             env=self._environment(spec, placement, context),
-            endpoint=Endpoint(uds=context.uds_path, credential=context.internal_key, keep_alive_s=keep_alive_s),
+            endpoint=Endpoint(
+                uds=context.uds_path, credential=context.internal_key, keep_alive_s=min(kept_s, LONGEST_KEEP_ALIVE_S)
+            ),
             secrets=tuple(filter(None, (context.internal_key, context.hf_token))),
         )
 

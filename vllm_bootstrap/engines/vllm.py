@@ -72,7 +72,7 @@ class VllmEngine:
         argv += vllm_command.listen_flags(context, can)
         env = vllm_command.environment(spec, placement, context, can, self._options, install.bin_dir)
         secrets = tuple(secret for secret in (context.internal_key, context.hf_token) if secret)
-        endpoint = _endpoint(context, can, vllm_command.keep_alive_s(env))
+        endpoint = _endpoint(context, can, vllm_command.keep_alive_s(env, can))
         return EngineCommand(tuple(argv), env, endpoint, secrets, cwd=context.tmp_dir)
 
     def traits(self, spec: LaunchSpec) -> Traits:

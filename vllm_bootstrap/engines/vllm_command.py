@@ -39,7 +39,7 @@ ENGINE_READY_TIMEOUT_S = 86_400
 KEEP_ALIVE_S = 120
 OWN_KEEP_ALIVE_S = 5
 LONGEST_KEEP_ALIVE_S = 3600
-_KEEP_ALIVE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
+_KEEP_ALIVE, _KEEP_ALIVE_SINCE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE", (0, 9, 2)
 # The stop ladder kills after the grace; the engine must be done draining before that.
 SHUTDOWN_MARGIN_S = 2
 QUIET_ENDPOINTS = "/health,/metrics,/v1/models,/version"
@@ -277,8 +277,10 @@ def environment(
     return env
 
 
-def keep_alive_s(env: Mapping[str, str]) -> float:
+def keep_alive_s(env: Mapping[str, str], can: Capabilities) -> float:
     """How long vLLM keeps an idle connection in this environment. It reads a whole number, or does not start."""
+    if can.basis < _KEEP_ALIVE_SINCE:
+        return OWN_KEEP_ALIVE_S
     try:
         return min(int(env[_KEEP_ALIVE]), LONGEST_KEEP_ALIVE_S)
     except (KeyError, ValueError):
@@ -287,7 +289,7 @@ def keep_alive_s(env: Mapping[str, str]) -> float:
 
 def _defaults(spec: LaunchSpec, placement: Placement, can: Capabilities) -> dict[str, str]:
     env: dict[str, str] = {}
-    if can.basis >= (0, 9, 2):
+    if can.basis >= _KEEP_ALIVE_SINCE:
         env[_KEEP_ALIVE] = str(KEEP_ALIVE_S)
     if can.basis >= (0, 15, 1):
         env["VLLM_ENGINE_READY_TIMEOUT_S"] = str(ENGINE_READY_TIMEOUT_S)

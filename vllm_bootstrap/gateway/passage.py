@@ -110,8 +110,9 @@ class Passage(Mishaps):
         self._deadline = now + self._gateway.limits.upstream_first_byte_timeout_s
 
     def on_unreachable(self, error: ApiError) -> None:
-        """The engine could not be connected to; nothing was sent."""
-        if self._place.may_fail_over:
+        """The engine could not be connected to. Nothing was sent, unless this was to repeat what a connection that
+        broke may have brought there: then it may be what killed this engine, and no other one gets it."""
+        if self._place.may_fail_over and not self._retried:
             self._move("unreachable", error)
         else:
             self.fail(error)

@@ -20,8 +20,9 @@ from vllm_bootstrap.gateway.upstream import UpstreamConnection
 from vllm_bootstrap.serving import Endpoint
 
 BACKLOG_PAUSE_S = 0.02
-CLOSING_S = 1.0
-"""So long before an engine closes an idle connection it is not used any more."""
+USED_OF_KEPT = 0.75
+"""Of the time for which an engine keeps an idle connection, the part in which it is used again. The rest is for engines
+that stand still for a while: one closes what has become too old before it reads what came in time."""
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Pool:
         self.outbox = outbox or Outbox()
         self._connect_timeout_s = connect_timeout_s
         known = endpoint.keep_alive_s
-        self._keep_alive_s = keep_alive_s if known is None else max(known - CLOSING_S, known / 2)
+        self._keep_alive_s = keep_alive_s if known is None else known * USED_OF_KEPT
         self._tls = tls
         self._idle: list[UpstreamConnection] = []
         self._closed = False

@@ -159,6 +159,42 @@ def test_a_stale_connection_is_tried_once_more_on_a_fresh_one(tmp_path: Path) ->
     run(main())
 
 
+def test_what_may_have_killed_an_engine_is_sent_to_no_replica(tmp_path: Path) -> None:
+    """It meets a connection that was used before and breaks, which may be mere age; but then nobody listens there."""
+    engines: list[RawUpstream] = []
+    killed: list[int] = []
+
+    def mortal(number: int) -> RawUpstream:
+        async def script(visit: Visit) -> None:
+            if b"poison" not in visit.body:
+                await visit.send(answer())
+                return
+            killed.append(number)
+            engines[number].path.unlink()
+            engines[number].abort_all()
+
+        return RawUpstream(tmp_path / f"e{number}", script)
+
+    async def main() -> None:
+        async with running(tmp_path) as plane, contextlib.AsyncExitStack() as stack:
+            for number in range(2):
+                engine = await stack.enter_async_context(mortal(number).running())
+                engines.append(engine)
+            plane.announce(
+                *(
+                    instance(engine.endpoint, launch_id=f"l0000000000000000000{number}", group_id="g")
+                    for number, engine in enumerate(engines)
+                )
+            )
+            while not all(engine.open for engine in engines):
+                await asyncio.gather(*(plane.ask() for _ in range(4)))
+            answered = await plane.ask(body={"model": "model", "prompt": "poison"})
+            assert (answered.status, len(killed)) == (502, 1)
+            assert (await plane.ask()).status == 200, "the replica is there"
+
+    run(main())
+
+
 def test_a_request_is_not_repeated_when_it_was_answered_in_part_or_twice_in_vain(tmp_path: Path) -> None:
     async def script(visit: Visit) -> None:
         if b"first" in visit.body:

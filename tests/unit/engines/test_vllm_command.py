@@ -223,6 +223,7 @@ def test_what_must_hold_wins_over_the_launch_and_defaults_do_not():
 @pytest.mark.parametrize(
     ("version", "given", "seconds"),
     [
+        ("0.9.1", "120", 5),
         ("0.32.0", None, 120),
         ("0.32.0", "9", 9),
         ("0.9.1", None, 5),
@@ -235,7 +236,8 @@ def test_what_must_hold_wins_over_the_launch_and_defaults_do_not():
 )
 def test_how_long_idle_connections_stay_open(version, given, seconds):
     spec = engines.spec(env={} if given is None else {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": given})
-    assert vllm_command.keep_alive_s(command(version, spec, engines.cuda())["env"]) == seconds
+    env = command(version, spec, engines.cuda())["env"]
+    assert vllm_command.keep_alive_s(env, capabilities(parse(version))) == seconds
 
 
 def lora(spec, version="0.32.0", rank=None):
