@@ -68,6 +68,8 @@ class Baseline:
 
     def settle(self) -> None:
         """No more answers come for now: what was heard counts, if that is enough. Idempotent."""
+        if not (self._replaces or self._confirms):
+            return
         if len(self._heard) >= MIN_SAMPLES:
             later = 0.0 if self._replaces else part(self._heard, 0.5) / max(part(self._believed, 0.5), LEAST_S)
             if later < AGREE:

@@ -73,6 +73,16 @@ def test_two_hearings_that_agree_count_both():
     assert baseline.knows(1, 2 * GOOD_SAMPLES)
 
 
+def test_a_hearing_counts_once():
+    baseline = made(EARLY, GOOD_SAMPLES + MIN_SAMPLES)
+    baseline.confirm()
+    hear(baseline, 1.1 * EARLY, MIN_SAMPLES, now=1)
+    for _ in range(20):
+        baseline.settle()
+    hear(baseline, EARLY, MIN_SAMPLES, now=2)
+    assert baseline.median_s == EARLY
+
+
 def test_answers_that_begin_at_once():
     baseline = made(0.0)
     baseline.confirm()
