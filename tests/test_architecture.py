@@ -42,8 +42,9 @@ LAYERS = [
 MUST_BE_PURE = [
     "errors", "ids", "refused", "serving", "wire", "auth.types", "auth.scopes", "launches.lifecycle", "launches.types",
     "launches.restart", "gpus.ledger", "gpus.placement", "engines.base", "engines.failures", "engines.phases",
-    "gateway.bodies", "gateway.headers", "gateway.usage", "gateway.sticky", "gateway.estimates", "gateway.inflight",
-    "scheduler.admission", "tallies", "wire_requests", "wire_batches", "wire_models", "batches.jobs", "batches.types",
+    "gateway.bodies", "gateway.chunks", "gateway.headers", "gateway.usage", "gateway.sticky", "gateway.estimates",
+    "gateway.inflight", "scheduler.admission", "tallies",
+    "wire_requests", "wire_batches", "wire_models", "batches.jobs", "batches.types",
     "batches.lines", "batches.ordering", "batches.joining", "batches.retrying", "batches.isolation", "batches.turns",
     "batches.windows", "models.choosing", "models.lora", "models.troubles", "models.types", "models.schema",
     "models.parsing", "models.orders", "models.assembly", "models.stored",

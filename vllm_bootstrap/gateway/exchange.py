@@ -166,7 +166,7 @@ class Exchange(Passage):
         if connection.complete:
             self._complete(connection)
         elif self._began:  # what follows need not come by here
-            connection.flow = self._relay.flow()
+            connection.flow, connection.skim = self._relay.flow(), self._relay.skim()
 
     def _take_refusal(self, connection: UpstreamConnection) -> None:
         """The client was promised events, and the engine has something else to say: that ends them."""

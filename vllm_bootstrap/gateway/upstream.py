@@ -1,8 +1,12 @@
 """A connection to an engine: one request at a time, its answer parsed by llhttp.
 
-Invariant: bytes whose framing llhttp did not accept are never handed on, and a connection is offered for reuse only
+Invariant: bytes whose framing was not understood are never handed on, and a connection is offered for reuse only
 after an answer that ended exactly where its framing said, on a connection both sides may keep. Must not know: clients,
 keys, routes, how connections are made and kept.
+
+llhttp understands the framing, but for one case that is most of what there is: where llhttp stands between two chunks
+and what comes is one whole plain chunk (``chunks.py``), that may pass it by (``skim``); llhttp stands then where it
+stood. It saves a tenth of what a streamed chunk costs.
 """
 
 from __future__ import annotations
@@ -22,6 +26,10 @@ MAX_RESPONSE_HEAD = 256 * 1024
 STALE_WITHIN_S = 1.0
 
 _NO_BODY = (101, 204, 304)
+
+Skim = Callable[[bytes], bool]
+"""Is shown what comes after a whole chunk, as it came. Takes it, if it is one whole plain chunk and nothing else (not
+the last one), or leaves it. Returns whether it took it."""
 
 
 class Receiver(Protocol):
@@ -78,14 +86,14 @@ class UpstreamConnection(asyncio.Protocol):
     ``status``, ``headers`` and ``trailers`` are the answer's, ``content_length`` and ``date`` apart from the others;
     ``framing`` is "length", "chunked", "close" or "none"; ``answer`` what the head comes to. ``parts`` are those of the
     body that nobody has taken yet. ``flow``, once the receiver has set it, is what pieces of the body go to until the
-    answer is complete, without a detour over the receiver.
+    answer is complete, without a detour over the receiver; what ``skim`` takes does not even get there.
     """
 
     __slots__ = (
-        "_expects_upgrade", "_head_bytes", "_head_only", "_interim", "_keeper", "_parser", "_paused", "_receiver",
-        "_reusable", "_splice", "answer", "complete", "content_length", "date", "flow", "framing", "head_ready",
-        "headers", "idle_since", "on_body", "parts", "started_at", "status", "trailers", "transport", "upgraded",
-        "used_before", "write_paused",
+        "_between_chunks", "_expects_upgrade", "_head_bytes", "_head_only", "_interim", "_keeper", "_parser", "_paused",
+        "_receiver", "_reusable", "_splice", "answer", "complete", "content_length", "date", "flow", "framing",
+        "head_ready", "headers", "idle_since", "on_body", "parts", "skim", "started_at", "status", "trailers",
+        "transport", "upgraded", "used_before", "write_paused",
     )  # fmt: skip
 
     answer: heads.AnswerHead  # there when ``head_ready``
@@ -110,6 +118,8 @@ class UpstreamConnection(asyncio.Protocol):
         self.parts: list[bytes] = []  # always this one list: the parser adds to it by itself
         self.on_body = self.parts.append
         self.flow: Callable[[bytes], None] | None = None
+        self.skim: Skim | None = None
+        self._between_chunks = False  # what the parser had last ended with a chunk's last byte
         self._parser = httptools.HttpResponseParser(self)
 
     # For the owner
@@ -168,7 +178,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def release(self, now: float) -> None:
         """The answer is over: keep the connection if it may be used again, else close it."""
-        self._receiver = self.flow = None
+        self._receiver = self.flow = self.skim = None
         transport = self.transport
         whole = self.complete and self._reusable
         if whole and transport is not None and transport.is_clear():
@@ -180,7 +190,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close at once; the engine notices and gives up the request. Idempotent, nobody is called any more."""
-        self._receiver = self._splice = self.flow = None
+        self._receiver = self._splice = self.flow = self.skim = None
         transport, self.transport = self.transport, None
         if transport is not None:
             transport.abort()
@@ -204,25 +214,36 @@ class UpstreamConnection(asyncio.Protocol):
             self._take_unasked(data)
             return
         problem: str | None = None
+        try:
+            if self._between_chunks and self.skim is not None and self.skim(data):
+                return
+            problem = self._parse(data)
+            if self.head_ready:  # what was understood goes on even if what follows it was not
+                flow = self.flow
+                if flow is None or self.complete:
+                    receiver.on_received(self)
+                elif self.parts:
+                    flow(self.parts.pop() if len(self.parts) == 1 else self.take())
+        except Exception:  # noqa: BLE001 - a mistake must not leave a client waiting
+            receiver.on_crash()
+        if problem is not None and not self.complete:
+            self._break(problem)
+
+    def _parse(self, data: bytes) -> str | None:
+        """Returns what is wrong with it."""
+        problem: str | None = None
+        self._between_chunks = False
         if not self.head_ready:
             self._head_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
             problem = self._stopped(exc, data)
-        if self.head_ready:
-            try:  # what was understood goes on even if what follows it was not
-                flow = self.flow
-                if flow is None or self.complete:
-                    receiver.on_received(self)
-                elif self.parts:
-                    flow(self.parts.pop() if len(self.parts) == 1 else self.take())
-            except Exception:  # noqa: BLE001 - a mistake must not leave a client waiting
-                receiver.on_crash()
-        elif self._head_bytes > MAX_RESPONSE_HEAD:
-            problem = f"sent headers larger than {MAX_RESPONSE_HEAD} bytes"
-        if problem is not None and not self.complete:
-            self._break(problem)
+        if self._between_chunks:  # not if the next size's first digits are there already
+            self._between_chunks = data.endswith(b"\r\n")
+        if self._head_bytes > MAX_RESPONSE_HEAD and not self.head_ready:
+            return f"sent headers larger than {MAX_RESPONSE_HEAD} bytes"
+        return problem
 
     def _stopped(self, why: Exception, data: bytes) -> str | None:
         """The parser went no further. Returns what is wrong with that."""
@@ -314,7 +335,14 @@ class UpstreamConnection(asyncio.Protocol):
             self.complete = True
             self._reusable = False
 
+    def on_chunk_header(self) -> None:
+        self._between_chunks = False
+
+    def on_chunk_complete(self) -> None:
+        self._between_chunks = True
+
     def on_message_complete(self) -> None:
+        self._between_chunks = False
         if self._interim:
             self._interim = False
             self.headers = []

@@ -21,11 +21,15 @@ from vllm_bootstrap.scheduler.tickets import Usage
 LOOK_BYTES = 16 * 1024
 """As much of an answer as is kept to look for its usage: of an event, of a whole body's beginning and of its end."""
 
-_MARK = b'"usage"'
+USAGE_MARK = b'"usage"'
+"""Without it an event tells no token counts."""
+EVENT_END = b"\n\n"
+"""How events end, where lines end as nearly all engines end them."""
+
 _TRIES = 4
 _MOST_TOKENS = 1 << 40
-_END_LF, _END_CRLF = b"\n\n", b"\r\n\r\n"
-_ENDS = (_END_LF, _END_CRLF)
+_END_CRLF = b"\r\n\r\n"
+_ENDS = (EVENT_END, _END_CRLF)
 # Atomic, or the two halves of one CRLF would count as two line ends.
 _END = re.compile(rb"(?>\r\n|\r|\n)(?>\r\n|\r|\n)")
 _VALUE = re.compile(r'"usage"[ \t\r\n]*:[ \t\r\n]*')
@@ -70,15 +74,17 @@ def make_tap(
 
 class EventTap:
     """Server-sent events. ``depths``: how deep in an event's object its ``usage`` may lie (OpenAI's chunks 1; the named
-    events of Anthropic's messages and of responses wrap it once more)."""
+    events of Anthropic's messages and of responses wrap it once more). While it ``is_idle``, a whole event without
+    ``USAGE_MARK`` may pass by without ``feed`` if it is counted in ``tokens``: this stands between two events and looks
+    for nothing else."""
 
-    __slots__ = ("_depths", "_drops", "_held", "_idle", "_on_id", "_passed", "_skipping", "tokens", "usage")
+    __slots__ = ("_depths", "_drops", "_held", "_on_id", "_passed", "_skipping", "is_idle", "tokens", "usage")
 
     def __init__(self, *, depths: tuple[int, ...] = (1,), drops_usage: bool = False, on_id: OnId | None = None) -> None:
         self._depths = depths
         self._drops = drops_usage
         self._on_id = on_id
-        self._idle = on_id is None  # between two events, nothing special to look for
+        self.is_idle = on_id is None
         self._skipping = False  # what is left of the current event is of no interest
         self._held = b""  # the current event so far (skipping: its last bytes), of which ...
         self._passed = 0  # ... so many bytes were passed on already
@@ -92,12 +98,12 @@ class EventTap:
     def feed(self, data: bytes) -> bytes:
         # The usual piece of a stream: whole events, most often one. (``in`` costs twice what ``find`` does: it tries
         # for an integer first.)
-        if self._idle and data.find(_MARK) < 0:
-            if len(data) - 2 == data.find(_END_LF) > 0:
+        if self.is_idle and data.find(USAGE_MARK) < 0:
+            if len(data) - 2 == data.find(EVENT_END) > 0:
                 self.tokens += 1
                 return data
             if data.endswith(_ENDS):
-                self.tokens += data.count(_END_LF) or data.count(_END_CRLF)
+                self.tokens += data.count(EVENT_END) or data.count(_END_CRLF)
                 return data
         return self._look(data)
 
@@ -124,7 +130,7 @@ class EventTap:
                 out.append(data[max(start, passed) : end])
             start = end
         self._rest(data, start, passed, out)
-        self._idle = not (self._held or self._skipping or self._on_id)
+        self.is_idle = not (self._held or self._skipping or self._on_id)
         return b"".join(out)
 
     def _rest(self, data: bytes, start: int, passed: int, out: list[bytes]) -> None:
@@ -154,7 +160,7 @@ class EventTap:
             if found is not None:
                 self._on_id(found[1].decode())
                 self._on_id = None
-        if _MARK not in event:
+        if USAGE_MARK not in event:
             return True
         usage = _usage_at_end(event, self._depths)
         if usage is None:
@@ -194,8 +200,8 @@ class BodyTap:
             self._head, self._tail = [], b""
         else:  # it came in one piece
             head, tail = last[:LOOK_BYTES], last[-LOOK_BYTES:]
-        found = _usage_at_end(tail, (1,)) if _MARK in tail else None
-        if found is None and _MARK in head:
+        found = _usage_at_end(tail, (1,)) if USAGE_MARK in tail else None
+        if found is None and USAGE_MARK in head:
             found = _usage_at_start(head)
         if found is not None:
             self.usage = read_usage(found, None)
@@ -242,7 +248,7 @@ def _event_end(data: bytes, start: int, *, returns: bool) -> int:
     """Where the event at ``start`` ends, its empty line included; -1: not yet. ``returns``: there are CRs, so that the
     slower look is needed and a CR at the end may be half of a line end."""
     if not returns:
-        at = data.find(_END_LF, start)
+        at = data.find(EVENT_END, start)
         return at if at < 0 else at + 2
     found = _END.search(data, start)
     if found is None or (found.end() == len(data) and data.endswith(b"\r")):
@@ -257,7 +263,7 @@ def _usage_at_end(text: bytes, depths: tuple[int, ...]) -> Mapping[str, Any] | N
     end = text.rstrip()
     at = len(end)
     for _ in range(_TRIES):
-        at = end.rfind(_MARK, 0, at)
+        at = end.rfind(USAGE_MARK, 0, at)
         if at < 0:
             return None
         for depth in depths:
@@ -274,7 +280,7 @@ def _usage_at_start(text: bytes) -> Mapping[str, Any] | None:
     """The ``usage`` of the JSON object that ``text`` begins with, among its first members."""
     at = -1
     for _ in range(_TRIES):
-        at = text.find(_MARK, at + 1)
+        at = text.find(USAGE_MARK, at + 1)
         if at < 0:
             return None
         if isinstance(_loads(text[:at] + b'"":0}'), dict):

@@ -131,6 +131,42 @@ def test_fault_29_a_mistake_of_ours_costs_one_request_and_no_place(
     run(main())
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("place", ["_pass_on_event", "_pass_on_chunk"])
+def test_fault_29_a_mistake_of_ours_in_the_middle_of_a_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """In a chunk that comes alone, and in one that comes with another."""
+    goes_on = asyncio.Event()
+    event = chunk(b"data: {}\n\n")
+
+    async def script(visit: Visit) -> None:
+        await visit.send(EVENTS, event)
+        await goes_on.wait()
+        await visit.send(event if place == "_pass_on_event" else event * 2)
+        await visit.gone()
+
+    def mistake(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("injected")
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        monkeypatch.setattr(f"vllm_bootstrap.gateway.exchange.Relay.{place}", mistake)
+        async with running(tmp_path) as plane, RawUpstream(tmp_path / "e", script).running() as engine:
+            plane.announce(instance(engine.endpoint))
+            async with plane.wire() as wire:
+                await wire.send(request(headers=[("Connection", "close")]))
+                await wire.head()
+                assert await anext(wire.chunks()) == b"data: {}\n\n"
+                goes_on.set()
+                told = await wire.at_end()
+            assert b"internal_error" in told
+            assert b"injected" not in told
+            await at_rest(plane, engine)
+
+    run(main())
+
+
 def test_fault_30_what_waits_for_an_engine_that_dies_goes_to_the_other_one(tmp_path: Path) -> None:
     release = asyncio.Event()
     frail, sound = "l00000000000000000001", "l00000000000000000002"

@@ -90,13 +90,21 @@ def test_each_chunk_goes_on_at_once(tmp_path: Path) -> None:
                 await wire.send(request())
                 assert (await wire.head())[0] == 200  # before there is any event
                 chunks = wire.chunks()
+                sent = 0
                 for number in range(20):
-                    event = b"data: %d\n\n" % number
+                    event = b"data: %b %d\n\n" % (b"x" * 20 * number, number)
+                    sent += len(event)
                     steps.put_nowait(event)
                     assert await anext(chunks) == event
                 steps.put_nowait(b"")
                 assert [one async for one in chunks] == []
-            assert engine.open == 1  # kept
+                await eventually(lambda: len(plane.records) == 1)
+                assert (plane.records[0].bytes_out, plane.records[0].status) == (sent, 200)
+                # and after all that has passed the parser by, it reads the next answer
+                steps.put_nowait(b"")
+                await wire.send(request())
+                assert (await wire.reply()).body == b""
+            assert engine.connections == engine.open == 1  # kept
 
     run(main())
 
