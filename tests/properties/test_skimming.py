@@ -47,6 +47,9 @@ class Sink:
     def is_closing(self) -> bool:
         return False
 
+    def get_write_buffer_size(self) -> int:
+        return 0
+
     def abort(self) -> None:
         pass
 
@@ -105,7 +108,7 @@ class Pair:
         self.told.append("more than was asked for")
 
     def keep(self, *_: Any) -> None:
-        raise AssertionError("nothing was released")
+        self.told.append("kept")
 
     def feed(self, pieces: list[bytes]) -> None:
         for piece in pieces:
@@ -173,3 +176,20 @@ def test_what_comes_after_the_end_is_not_skimmed_whoever_still_holds_the_connect
     pair.feed([framed(DATA)])
     assert (pair.skimmed, pair.sink.written) == (1, written)
     assert pair.told == ["complete", "complete"]
+
+
+def test_the_next_answer_on_a_kept_connection_is_not_the_last_ones() -> None:
+    pair = Pair(True, drops=False)
+    pair.feed([HEAD + framed(DATA), framed(DATA)])
+    pair.on_received = lambda connection: connection.release(0.0)  # type: ignore[method-assign]
+    pair.feed([b"0\r\n\r\n"])
+    assert pair.told == ["kept"]
+    written = pair.sink.written
+
+    taken: list[bytes] = []
+    other = Pair(True, drops=False)
+    other.on_received = lambda connection: taken.append(connection.take())  # type: ignore[method-assign]
+    pair.connection.start(other, b"", now=0.0)
+    pair.feed([HEAD + framed(b"{}"), framed(DATA)])
+    assert taken == [b"{}", DATA]
+    assert (pair.skimmed, pair.sink.written) == (1, written)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 from pathlib import Path
 
 import openai
@@ -18,6 +19,8 @@ import pytest
 from tests.support.waiting import wait_for
 from tests.vllm.box import SERVED, Box, engine_core_of, processes_of, wait_until_gone
 from vllm_bootstrap.engines.vllm_command import CPU_KV_CACHE_GIB
+from vllm_bootstrap.gateway.chunks import KNOWN, framed
+from vllm_bootstrap.gateway.usage import USAGE_MARK
 from vllm_bootstrap.models.fit import GIB, Wish, cache_of, cache_tokens
 from vllm_bootstrap.models.shape import read_shape
 
@@ -110,6 +113,23 @@ def test_usage_is_streamed_to_those_who_ask(box: Box, launch_id: str) -> None:
         )
         usages = [event.usage for event in stream if event.usage is not None]
     assert usages[-1].completion_tokens == 4
+
+
+def test_its_events_are_chunks_that_may_pass_the_parser_by(box: Box, launch_id: str) -> None:
+    body = {"model": SERVED, "prompt": "Hello", "max_tokens": 20, "stream": True, "ignore_eos": True}
+    asked = json.dumps({**body, "stream_options": {"include_usage": True}}).encode()  # as the gateway asks for it
+    lines = [b"POST /v1/completions HTTP/1.1", b"host: engine", b"content-type: application/json", b"connection: close"]
+    (path,) = box.daemon.runtime_dir.glob("**/engine.sock")
+    with socket.socket(socket.AF_UNIX) as direct:
+        direct.settimeout(60)
+        direct.connect(str(path))
+        direct.sendall(b"\r\n".join([*lines, b"content-length: %d\r\n\r\n" % len(asked)]) + asked)
+        raw = b"".join(iter(lambda: direct.recv(65536), b""))
+    chunks = raw.partition(b"\r\n\r\n")[2]
+    events = re.findall(rb"data: .*?\n\n", chunks, re.DOTALL)
+    assert chunks == b"".join(map(framed, events)) + b"0\r\n\r\n"
+    usual = [event for event in events if USAGE_MARK not in event and len(framed(event)) < KNOWN]
+    assert len(usual) >= 20
 
 
 @pytest.mark.parametrize("way", ["v1", "proxy"])

@@ -8,11 +8,10 @@ holds.
 from __future__ import annotations
 
 KNOWN = 2048
-"""Chunks that are shorter, framing included, are told by their length alone; those of streams are."""
+"""Shorter whole chunks have a line in ``SIZE_LINES``, and shorter pieces are framed at less cost. Those of streams are
+shorter."""
 
 _SIZES = [b"%x\r\n" % size for size in range(KNOWN)]
-
-
 _NONE = bytes(KNOWN)  # longer than what it is looked for in, so that nothing begins with it
 
 

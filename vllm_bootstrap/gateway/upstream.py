@@ -5,8 +5,8 @@ after an answer that ended exactly where its framing said, on a connection both 
 keys, routes, how connections are made and kept.
 
 llhttp understands the framing, but for one case that is most of what there is: where llhttp stands between two chunks
-and what comes is one whole plain chunk (``chunks.py``), that may pass it by (``skim``); llhttp stands then where it
-stood. It saves a tenth of what a streamed chunk costs.
+and what comes is one whole plain chunk (``chunks.py``), that may pass it by: ``skim`` answers for what it takes, and
+llhttp stands then where it stood. It saves a tenth of what a streamed chunk costs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Receiver(Protocol):
         """What was written to the engine has left for the most part."""
 
     def on_crash(self) -> None:
-        """``on_received`` has raised what it should not (called where that is being handled)."""
+        """Passing on what came has raised what it should not (called where that is being handled)."""
 
 
 class Splice(Protocol):

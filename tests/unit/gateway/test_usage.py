@@ -183,6 +183,17 @@ def test_a_response_tells_its_id_first_and_its_counts_in_its_last_event(size: in
     assert (tap.usage, ids) == (Usage(5, 6, 1), ["resp_1"])
 
 
+def test_it_is_not_idle_before_it_has_seen_the_id() -> None:
+    ids: list[str] = []
+    tap = EventTap(on_id=ids.append)
+    assert not tap.is_idle
+    tap.feed(b"data: x\n\n")
+    assert not tap.is_idle
+    tap.feed(b'data: {"id":"resp_1"}\n\n')
+    assert (ids, tap.is_idle) == (["resp_1"], True)
+    assert EventTap().is_idle
+
+
 def test_an_id_that_is_not_there_is_looked_for_in_vain() -> None:
     ids: list[str] = []
     tap = EventTap(on_id=ids.append)
