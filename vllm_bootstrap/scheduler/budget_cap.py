@@ -24,7 +24,7 @@ LATE_SAMPLES, LATE_ONES = 96, 3
 WIDEST = 1.5
 # Parts of the room: below the first the cap grows, above the second it shrinks. What a step of growth adds must not
 # lead from the one over the other.
-GROW_BELOW, SHRINK_ABOVE = 0.2, 0.35
+GROW_BELOW, SHRINK_ABOVE = 0.12, 0.25
 GROW_BY, SHRINK_BY = 1.25, 0.75
 # After a change, sequences that were admitted before it still run.
 SETTLE_S = 0.5
