@@ -165,7 +165,7 @@ class Relay:
         return self._pass_on_event
 
     def _pass_on_chunk(self, piece: bytes) -> None:
-        """The usual piece of a stream."""
+        """A piece of a stream that ``skim`` left."""
         tap = self.tap
         if tap is None:
             self._last = piece[-4:]  # the whole piece would stay in memory until the next one
