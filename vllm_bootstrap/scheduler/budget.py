@@ -6,8 +6,8 @@ Invariant: the allowance is between 0 and slots minus the realtime reserve; batc
 The allowance, the first case that applies (docs/scheduling.md has the reasons):
 
 1. realtime is idle                 -> up from the cap, twice as much every quarter of a second, to all but the reserve
-2. realtime is active, unknown yet  -> nothing, for some seconds, until its answers alone have been seen, and once more
-                                       soon after
+2. realtime is active, unknown yet  -> nothing, for some seconds, until its answers alone have been seen; and once more
+                                       soon after where they began later than known (``budget_baseline``)
 3. realtime is active               -> the least of
    a. what the engine's memory holds: less when its cache is nearly full or it preempts, slowly back up
    b. the slots that realtime and its reserve leave
@@ -29,21 +29,18 @@ import math
 from dataclasses import dataclass
 from math import log
 
-from vllm_bootstrap.scheduler.budget_baseline import GOOD_SAMPLES
 from vllm_bootstrap.scheduler.budget_cap import SETTLE_S, Cap
 from vllm_bootstrap.scheduler.budget_floor import Floor
+from vllm_bootstrap.scheduler.budget_listening import Listening
 from vllm_bootstrap.scheduler.budget_pacing import Pacing, grown, ratio
 from vllm_bootstrap.scheduler.ports import BatchBudget, BudgetReport, EngineSignals
 
-# Realtime counts as active for some of its usual pauses after its last sign of life, within bounds.
-PAUSES, LONGEST_HOLD_S, GAP_WEIGHT = 4, 10.0, 0.125
-LISTEN_S, LISTEN_EVERY_S = 5.0, 60.0
-# What realtime is like alone depends on how much of it there is: listen anew when arrivals are so many times closer
-# together or further apart than they were. Their geometric mean over some thirty does not get there by chance, and a
-# single pause does not move it far.
-PACE_CHANGED, PACE_WEIGHT, LISTEN_ANEW_S, SHORTEST_GAP_S = math.log(2), 1 / 32, 20.0, 0.001
-# Whatever made the engine slow when it was listened to is over by then.
-CONFIRM_S = 10.0
+# Realtime counts as active for some of its usual pauses after its last sign of life, within bounds. Where it was
+# thought idle and was not, the engine is full for as long as batch answers take: where that is long, for more of them.
+PAUSES, LONGEST_HOLD_S, GAP_WEIGHT = 4.0, 10.0, 0.125
+MISJUDGED, ANSWERS, LONGEST_OF_ALL_S, ANSWER_WEIGHT = 0.01, 3, 30.0, 1 / 16
+# The pace is the geometric mean of some thirty pauses: a single one does not move it far.
+PACE_WEIGHT, SHORTEST_GAP_S = 1 / 32, 0.001
 RAMP_S = 0.25
 _QUICKEST = math.log(SHORTEST_GAP_S)
 KV_FULL, KV_EASY = 0.95, 0.85
@@ -71,21 +68,21 @@ class Budget(BatchBudget):
         self._policy = policy
         self._cap = Cap(policy.ttft_factor)
         self._baseline = self._cap.baseline
+        self._listening = Listening(self._baseline)
         self._floor = Floor(policy.floor_share)
         self._pacing = Pacing()
         self._slots = self._reserve = self._memory = 0
         self._realtime = self._batch = 0
-        self._running: set[int] = set()
+        self._running: dict[int, float] = {}
         self._batch_over_at = -math.inf
         self._arrived_at: float | None = None
-        self._gap_s = 0.0
+        self._gap_s = self._batch_answer_s = 0.0
+        self._pauses = PAUSES
         self._hold_s = self._least_hold_s = min(policy.idle_after_s, LONGEST_HOLD_S)
+        self._longest_hold_s = LONGEST_HOLD_S
         self._active_until = -math.inf
-        self._listen_until = self._listen_again = self._listened_at = -math.inf
-        self._confirm_at = math.inf
-        # Logarithm of the seconds between two arrivals: lately, and when the baseline was made.
+        # Logarithm of the seconds between two arrivals, lately.
         self._pace: float | None = None
-        self._known_pace: float | None = None
         self._last = EngineSignals()
         self._step_s: float | None = None
         self._promotions = 0
@@ -107,30 +104,12 @@ class Budget(BatchBudget):
                 pace, before = log(gap) if gap > SHORTEST_GAP_S else _QUICKEST, self._pace
                 self._pace = pace if before is None else before + PACE_WEIGHT * (pace - before)
             else:
-                gap = min(gap, LONGEST_HOLD_S)
+                gap = min(gap, self._longest_hold_s)
             self._gap_s = usual = usual + GAP_WEIGHT * (gap - usual)
-            if hold_s != self._least_hold_s or PAUSES * usual > hold_s:
-                self._hold_s = min(max(self._least_hold_s, PAUSES * usual), LONGEST_HOLD_S)
-        if now >= self._listen_again and not self._baseline.knows(now):
-            self._listen(now, then=now + CONFIRM_S)
-        elif now >= self._listened_at + LISTEN_ANEW_S and self._pace_changed():
-            self._baseline.replace()
-            self._listen(now, then=now + CONFIRM_S)
-        elif now >= self._confirm_at and self._baseline.knows(now):
-            self._baseline.confirm()
-            self._listen(now, then=math.inf)
+            if hold_s != self._least_hold_s or self._pauses * usual > hold_s:
+                self._hold_s = min(max(self._least_hold_s, self._pauses * usual), self._longest_hold_s)
+        self._listening.arrived(self._pace, self._batch, now)
         self._active_until = max(self._active_until, now + self._hold_s)
-
-    def _listen(self, now: float, *, then: float) -> None:
-        # Not again, unless a first byte shows that realtime has any to time.
-        self._listened_at, self._known_pace, self._confirm_at = now, self._pace, then
-        self._listen_until, self._listen_again = now + LISTEN_S, math.inf
-
-    def _pace_changed(self) -> bool:
-        then, lately = self._known_pace, self._pace
-        if self._baseline.median_s is None or then is None or lately is None:
-            return False
-        return abs(lately - then) > PACE_CHANGED
 
     def realtime_granted(self, sequences: int, prompt_tokens: int, now: float) -> None:  # noqa: ARG002
         self._realtime += sequences
@@ -141,14 +120,15 @@ class Budget(BatchBudget):
 
     def realtime_began(self, ttft_s: float, now: float) -> None:
         self._active_until = max(self._active_until, now + self._hold_s)
-        self._listen_again = min(self._listen_again, now + LISTEN_EVERY_S)
-        if self._batch:
-            if now >= self._listen_until:
-                self._baseline.settle()
+        listening = self._listening
+        listening.began(now)
+        if now >= listening.until:
+            self._baseline.settle(now)
+        if not listening.alone(self._batch, self._slots, now):
             self._cap.beside(ttft_s, self._batch, self._top, now)
         elif now - self._batch_over_at >= SETTLE_S:
             self._baseline.hear(ttft_s, now)
-            self._known_pace = self._pace
+            listening.heard(self._pace)
             self._cap.recover(self._top, now)
 
     def realtime_ended(self, sequences: int, now: float) -> None:
@@ -161,7 +141,7 @@ class Budget(BatchBudget):
     # Batch
 
     def batch_granted(self, request: int, sequences: int, prompt_tokens: int, now: float) -> None:
-        self._running.add(request)
+        self._running[request] = now
         self._batch += sequences
         self._pacing.granted(request, prompt_tokens, now)
         self._floor.runs(running=True, now=now)
@@ -170,13 +150,24 @@ class Budget(BatchBudget):
         self._pacing.over(request, now)
 
     def batch_ended(self, request: int, sequences: int, now: float) -> None:
-        self._running.discard(request)
+        granted_at = self._running.pop(request, None)
+        if granted_at is not None:
+            self._batch_took(now - granted_at)
         self._batch = max(0, self._batch - sequences)
         self._pacing.over(request, now)
         self._pacing.wanted(now)
         if not self._running:
             self._batch_over_at = now
+            self._listening.ran_out(now)
             self._floor.runs(running=False, now=now)
+
+    def _batch_took(self, seconds: float) -> None:
+        self._batch_answer_s = answer_s = self._batch_answer_s + ANSWER_WEIGHT * (seconds - self._batch_answer_s)
+        self._longest_hold_s = min(max(LONGEST_HOLD_S, ANSWERS * answer_s), LONGEST_OF_ALL_S)
+        if self._gap_s > 0:
+            # Where chance makes the pauses, e^-k of them are longer than k usual ones, and one that was misjudged is
+            # felt by all requests within one batch answer.
+            self._pauses = max(PAUSES, log(max(1.0, answer_s / self._gap_s) / MISJUDGED))
 
     def batch_waits(self, waiting: bool, now: float) -> None:
         self._floor.waits(waiting, now)
@@ -212,7 +203,7 @@ class Budget(BatchBudget):
         top = self._top
         if not self._active(now):  # 1
             return min(top, self._ramp(now))
-        if now < self._listen_until and self._policy.cap and not self._baseline.knows(now, GOOD_SAMPLES):  # 2
+        if self._policy.cap and self._listening.wants_silence(now):  # 2
             return 0
         room = self._slots - self._reserve - self._realtime
         cap = self._cap.value(self._slots - self._reserve) if self._policy.cap else top
@@ -247,7 +238,7 @@ class Budget(BatchBudget):
                 grows = self._active_until + RAMP_S * (int((now - self._active_until) / RAMP_S) + 1)
                 times.append(grows if grows > now else grows + RAMP_S)  # rounding
         else:
-            times += [self._listen_until] if self._realtime else [self._listen_until, self._active_until]
+            times += [self._listening.until] if self._realtime else [self._listening.until, self._active_until]
         return min((time for time in times if time is not None and time > now), default=None)
 
     def report(self, now: float) -> BudgetReport:
@@ -272,7 +263,7 @@ class Budget(BatchBudget):
             if top < self._slots - self._reserve:
                 return "Realtime is idle, but the engine's memory is full: batch is held back."
             return "Realtime is idle: batch may use all but the reserve."
-        if allowance == 0 and now < self._listen_until:
+        if allowance == 0 and now < self._listening.until:
             return "Realtime is active and not known yet: batch pauses while its answers are timed."
         if allowance == self._slots - self._reserve - self._realtime or allowance == 0:
             return "Realtime is active and leaves these slots."

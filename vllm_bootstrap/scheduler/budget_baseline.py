@@ -1,11 +1,13 @@
 """What realtime is like without batch: when its answers begin. PURE.
 
-Invariant: once there is a baseline there always is one: answers that are to replace it do so when there are enough of
-them, and until then the old one counts. Of two that do not agree the earlier counts.
+Invariant: once there is a baseline there always is one; and a later one than that counts only when two hearings some
+time apart came out later.
 
 The answers of a second or two decide for minutes how much batch runs, because beside batch there are no others to
-learn from. Whatever made an engine slow in just those seconds would count as what realtime is like alone: so the
-baseline is heard twice, some time apart.
+learn from. Whatever made an engine slow in just those seconds would count as what realtime is like alone, and batch
+would be let in by that. Slow seconds are no rarity at just this time: realtime comes at another pace because something
+has happened, and that may have brought a thousand batch requests with it. So an earlier baseline counts at once, a
+later one is a doubt first.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from __future__ import annotations
 import math
 from collections import deque
 
-# Answers that make the baseline: needed, wanted, and remembered; and for how long they are believed without a new one.
+# Answers that make a hearing: needed, and wanted. How many the baseline remembers, and for how long they are believed.
 MIN_SAMPLES, GOOD_SAMPLES, BASELINE_SAMPLES, BASELINE_AGE_S = 8, 32, 64, 300.0
+# Whatever made an engine slow in one hearing is over by the second.
+CONFIRM_S = 10.0
 # The latest answers: this part of them begins earlier.
 TAIL = 0.95
 # Two hearings whose medians differ by less than this agree.
@@ -23,65 +27,78 @@ AGREE, LEAST_S = 0.85, 1e-6
 
 class Baseline:
     """``median_s`` and ``tail_s``: the middle and the latest of what realtime is like alone, None and 0 before eight
-    answers were heard."""
+    answers were heard. ``again_at``: from then on it wants to be heard a second time."""
 
     def __init__(self) -> None:
-        self._believed: deque[float] = deque(maxlen=BASELINE_SAMPLES)
-        self._heard: deque[float] = deque(maxlen=BASELINE_SAMPLES)
-        self._replaces, self._confirms = True, False
-        self._told = 0
-        self._at = -math.inf
+        self._counts = _samples()
+        self._heard = _samples()
+        self._wanted = True
+        # A hearing that came out later than what counts, and when that was.
+        self._later: deque[float] | None = None
+        self._later_at = self._at = -math.inf
+        self.again_at = math.inf
         self.median_s: float | None = None
         self.tail_s = 0.0
 
     def knows(self, now: float, samples: int = MIN_SAMPLES) -> bool:
         """Whether so many answers have been heard since it was last wanted anew, and not too long ago."""
-        heard = self._heard if self._replaces or self._confirms else self._believed
-        return len(heard) >= samples and now - self._at < BASELINE_AGE_S
+        return (not self._wanted or len(self._heard) >= samples) and now - self._at < BASELINE_AGE_S
 
     def hear(self, ttft_s: float, now: float) -> None:
         """A realtime answer began while no batch ran."""
         if now - self._at >= BASELINE_AGE_S:
             self.replace()
         self._at = now
-        if self._replaces or self._confirms:
-            self._heard.append(ttft_s)
-            if len(self._heard) >= (MIN_SAMPLES if self._replaces else GOOD_SAMPLES):
-                self.settle()
-            return
-        self._believed.append(ttft_s)
-        self._told += 1
-        if self._told % MIN_SAMPLES == 0:
-            self._judge()
+        self._heard.append(ttft_s)
+        if len(self._heard) >= GOOD_SAMPLES:
+            self._conclude(now)
+        elif self._wanted and not self._counts and len(self._heard) % MIN_SAMPLES == 0:
+            self._judge(self._heard)
 
     def replace(self) -> None:
-        """Realtime alone may not be any more what it was: the next answers take the baseline's place."""
-        self._replaces, self._confirms = True, False
-        self._heard.clear()
+        """Realtime alone may not be any more what it was: what comes next is heard for a new baseline."""
+        self._later = None
         self._at = -math.inf
+        self.confirm()
 
     def confirm(self) -> None:
-        """Hear once more what it is like: both count where they agree, else the earlier."""
-        if not self._replaces:
-            self._confirms = True
-            self._heard.clear()
+        """What comes next is a hearing of its own."""
+        self._wanted, self.again_at = True, math.inf
+        self._heard.clear()
 
-    def settle(self) -> None:
-        """No more answers come for now: what was heard counts, if that is enough. Idempotent."""
-        if not (self._replaces or self._confirms):
-            return
-        if len(self._heard) >= MIN_SAMPLES:
-            later = 0.0 if self._replaces else part(self._heard, 0.5) / max(part(self._believed, 0.5), LEAST_S)
-            if later < AGREE:
-                self._believed, self._heard = self._heard, deque(maxlen=BASELINE_SAMPLES)
-            elif later <= 1 / AGREE:
-                self._believed.extend(self._heard)
-            self._judge()
-            self._replaces = False
-        self._confirms = False
+    def settle(self, now: float) -> None:
+        """No more answers come for now: the hearing that was wanted is over if it had enough. Idempotent."""
+        if self._wanted and len(self._heard) >= MIN_SAMPLES:
+            self._conclude(now)
 
-    def _judge(self) -> None:
-        self.median_s, self.tail_s = part(self._believed, 0.5), part(self._believed, TAIL)
+    def _conclude(self, now: float) -> None:
+        heard, self._heard, self._wanted = self._heard, _samples(), False
+        if not self._counts:
+            self._counts, self.again_at = heard, now + CONFIRM_S
+        elif part(heard, 0.5) <= part(self._counts, 0.5) / AGREE:
+            self._counts = _of_two(self._counts, heard)
+            if self._later is not None or now >= self.again_at:
+                self._later, self.again_at = None, math.inf
+        elif self._later is None:
+            self._later, self._later_at, self.again_at = heard, now, now + CONFIRM_S
+        elif now >= self._later_at + CONFIRM_S:
+            self._counts, self._later, self.again_at = _of_two(self._later, heard), None, math.inf
+        self._judge(self._counts)
+
+    def _judge(self, samples: deque[float]) -> None:
+        self.median_s, self.tail_s = part(samples, 0.5), part(samples, TAIL)
+
+
+def _samples() -> deque[float]:
+    return deque(maxlen=BASELINE_SAMPLES)
+
+
+def _of_two(first: deque[float], second: deque[float]) -> deque[float]:
+    """Both where they agree, else the earlier."""
+    later = part(second, 0.5) / max(part(first, 0.5), LEAST_S)
+    if AGREE <= later <= 1 / AGREE:
+        return deque([*first, *second], maxlen=BASELINE_SAMPLES)
+    return second if later < AGREE else first
 
 
 def part(samples: deque[float], share: float) -> float:

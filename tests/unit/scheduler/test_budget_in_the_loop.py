@@ -11,19 +11,23 @@ import pytest
 from vllm_bootstrap.scheduler.budget import Budget, BudgetPolicy
 
 ALONE_S, STEP_S, ANSWER_S, BATCH_S = 0.012, 0.0005, 0.3, 0.8
+# So soon a batch answer begins, and stays from then on.
+BEGINS_S = 0.1
 PROMPT_TOKENS, TOKEN_S = 150, 0.00003
 
 
 @dataclass
 class Engine:
     """A first byte comes later by what each running batch sequence adds, and by the batch prompts being processed.
-    Batch always has more; ``per_sequence_s`` may be changed on the way. Until ``slow_until`` something else
-    keeps it busy."""
+    Batch always has more; ``per_sequence_s`` may be changed on the way. Between the ``slow`` times something
+    else keeps it busy."""
 
     budget: Budget
     chance: random.Random
     per_sequence_s: float = STEP_S
-    slow_until: float = 0.0
+    batch_s: float = BATCH_S
+    begins_s: float = BEGINS_S
+    slow: tuple[float, float] = (0.0, 0.0)
     running: dict[int, float] = field(default_factory=dict)
     seen: list[tuple[float, float, int]] = field(default_factory=list)
     taken_back: int = 0
@@ -58,19 +62,20 @@ class Engine:
     def first_byte(self, now: float) -> float:
         self.take_back(now)
         prompts = sum(now - since < PROMPT_TOKENS * TOKEN_S for since in self.running.values())
-        alone = ALONE_S if now >= self.slow_until else 3 * ALONE_S
+        alone = 3 * ALONE_S if self.slow[0] <= now < self.slow[1] else ALONE_S
         work = alone + self.per_sequence_s * len(self.running) + prompts * PROMPT_TOKENS * TOKEN_S
         return work * self.chance.uniform(0.85, 1.35)
 
     def take_back(self, now: float) -> None:
-        for request in sorted(self.running, reverse=True)[: self.budget.take_back(now)]:
+        unbegun = [request for request, since in self.running.items() if now - since < self.begins_s]
+        for request in sorted(unbegun, reverse=True)[: self.budget.take_back(now)]:
             del self.running[request]
             self.budget.batch_ended(request, 1, now)
             self.taken_back += 1
 
     def end_batch(self, now: float) -> None:
         for request, since in list(self.running.items()):
-            if now - since >= BATCH_S * (1 + request % 7 / 7):
+            if now - since >= self.batch_s * (1 + request % 7 / 7):
                 del self.running[request]
                 self.budget.batch_ended(request, 1, now)
 
@@ -132,18 +137,73 @@ def test_after_realtime_has_gone_batch_fills_the_engine_within_seconds():
 
 def test_what_made_the_engine_slow_when_realtime_was_first_heard_does_not_count_for_long():
     engine = made(11)
-    engine.slow_until = 4.0
+    engine.slow = (0.0, 4.0)
     engine.run(poisson(15, engine.chance), until=120)
     assert engine.budget.report(120).ttft_baseline_s < 1.2 * ALONE_S
     assert engine.tail(40, 120) <= 1.6 * 1.345 * ALONE_S
     assert engine.mean_batch(40, 120) >= 2
 
 
-def test_when_realtime_comes_back_only_its_first_moments_feel_a_full_engine():
+@pytest.mark.parametrize("seed", range(5))
+def test_a_flood_that_comes_with_more_realtime_does_not_pass_for_what_realtime_is_like_alone(seed):
+    engine = made(seed)
+    engine.run((at for at in poisson(5, engine.chance) if at < 60), until=60)
+    engine.slow = (60.0, 66.0)
+    for until in range(61, 121):
+        engine.run((at for at in poisson(25, engine.chance, start=until - 1) if at < until), until, until - 1)
+        assert engine.budget.report(until).ttft_baseline_s < 1.2 * ALONE_S
+    assert engine.tail(66, 120) <= 1.6 * 1.345 * ALONE_S
+    assert engine.mean_batch(80, 120) >= 2
+
+
+@pytest.mark.parametrize(("begins_s", "at_most"), [(10.0, 2), (BEGINS_S, 15 * 2 * BATCH_S)])
+def test_when_realtime_comes_back_only_its_first_moments_feel_a_full_engine(begins_s, at_most):
     engine = made(9)
+    engine.begins_s = begins_s
     engine.run((at for at in poisson(15, engine.chance) if at < 40), until=70)
     assert len(engine.running) == 115
     engine.run(poisson(15, engine.chance, start=70), until=100, now=70)
-    assert engine.taken_back > 80
-    late = [ttft for at, ttft, _ in engine.seen if at >= 70 and ttft > 3 * ALONE_S]
-    assert len(late) <= 2
+    assert engine.taken_back > (80 if begins_s > 1 else 0)
+    late = [at for at, ttft, _ in engine.seen if at >= 70 and ttft > 3 * ALONE_S]
+    assert len(late) <= at_most
+    assert all(at < 70 + 2 * BATCH_S for at in late)
+
+
+# -- batch answers that take long: what has begun is not taken back ---------------------------------------------------
+
+QUICK_STEP_S = STEP_S / 10
+
+
+@pytest.mark.parametrize("batch_s", [6.0, 30.0, 200.0])
+@pytest.mark.parametrize("rate", [2.0, 15.0])
+def test_batch_with_long_answers_learns_what_it_may_use(batch_s, rate):
+    engine = made(4)
+    engine.per_sequence_s, engine.batch_s = QUICK_STEP_S, batch_s
+    engine.run(iter(()), until=10)
+    engine.run(poisson(rate, engine.chance, start=10), until=1000, now=10)
+    assert engine.budget.report(1000).ttft_baseline_s == pytest.approx(1.1 * ALONE_S, rel=0.15)
+    assert engine.tail(500, 1000) <= 1.5 * 1.345 * ALONE_S
+    assert engine.mean_batch(500, 1000) >= 6, "the cap begins with three"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_pause_of_realtime_by_chance_does_not_fill_the_engine_with_long_answers(seed):
+    engine = made(seed)
+    engine.batch_s = 10.0
+    engine.run(poisson(2, engine.chance), until=600)
+    assert engine.tail(60, 600) <= 1.6 * 1.345 * ALONE_S
+    assert engine.mean_batch(60, 600) >= 1
+
+
+@pytest.mark.parametrize(("batch_s", "pauses"), [(BATCH_S, 4.6), (6.0, 6.4), (60.0, 8.7)])
+def test_realtime_that_has_gone_is_missed_longer_where_batch_answers_are_long(batch_s, pauses):
+    gap_s = 1.5
+    engine = made(3)
+    engine.batch_s = batch_s
+    engine.run((gap_s * number for number in range(1000)), until=1500)
+    now = 1500.0
+    while len(engine.running) < 20:
+        engine.run(iter(()), until=now + 0.25, now=now)
+        now += 0.25
+        assert now < 1530
+    assert now - 1500 == pytest.approx(pauses * gap_s, abs=2)

@@ -1,0 +1,148 @@
+import math
+
+import pytest
+
+from vllm_bootstrap.scheduler.budget_baseline import GOOD_SAMPLES, MIN_SAMPLES, Baseline
+from vllm_bootstrap.scheduler.budget_listening import (
+    DRAIN_S,
+    LISTEN_ANEW_S,
+    LISTEN_EVERY_S,
+    LISTEN_S,
+    PATIENCE_S,
+    REST,
+    Listening,
+)
+
+SLOTS, PACE = 128, math.log(0.1)
+
+
+def known(now: float = 0.0) -> tuple[Listening, Baseline]:
+    """One that has listened, to answers that came at once."""
+    baseline = Baseline()
+    listening = Listening(baseline)
+    listening.arrived(PACE, 0, now)
+    for _ in range(GOOD_SAMPLES):
+        listening.began(now)
+        baseline.hear(0.01, now)
+        listening.heard(PACE)
+    return listening, baseline
+
+
+def test_it_listens_to_realtime_that_it_does_not_know_until_there_are_enough_answers():
+    baseline = Baseline()
+    listening = Listening(baseline)
+    assert not listening.wants_silence(0)
+    listening.arrived(None, 0, 0)
+    assert listening.wants_silence(LISTEN_S - 0.1)
+    assert not listening.wants_silence(LISTEN_S)
+    for _ in range(GOOD_SAMPLES):
+        baseline.hear(0.01, 1)
+    assert not listening.wants_silence(1)
+
+
+def test_batch_that_runs_has_to_end_first():
+    listening = Listening(Baseline())
+    listening.arrived(None, 3, 0)
+    assert listening.wants_silence(PATIENCE_S - 1)
+    listening.ran_out(20)
+    assert listening.until == 20 + 20 / 2, "what took long to get is used for long"
+    assert not listening.wants_silence(30)
+    listening.ran_out(25)
+    assert listening.until == 30, "it was silent before"
+
+
+def test_batch_that_runs_out_soon_leaves_the_usual_time():
+    listening = Listening(Baseline())
+    listening.arrived(None, 3, 0)
+    listening.ran_out(2)
+    assert listening.until == 2 + LISTEN_S
+
+
+@pytest.mark.parametrize(("slots", "few"), [(128, 4), (256, 8), (16, 1), (1, 1)])
+def test_after_a_while_few_count_as_none(slots, few):
+    listening = Listening(Baseline())
+    listening.arrived(None, 50, 0)
+    assert not listening.alone(few, slots, DRAIN_S - 1)
+    assert not listening.alone(few + 1, slots, DRAIN_S)
+    assert listening.alone(few, slots, DRAIN_S)
+    assert listening.until == DRAIN_S * 1.5
+    assert listening.alone(few, slots, DRAIN_S * 1.5 - 0.1)
+    assert not listening.alone(few, slots, DRAIN_S * 1.5)
+    assert listening.alone(0, slots, 1000)
+
+
+def test_batch_that_does_not_run_out_is_waited_for_again_while_nothing_is_known():
+    listening = Listening(Baseline())
+    listening.arrived(None, 50, 0)
+    listening.began(1)
+    listening.arrived(None, 50, PATIENCE_S - 0.1)
+    assert listening.until == PATIENCE_S
+    listening.arrived(None, 50, PATIENCE_S)
+    assert listening.until == 2 * PATIENCE_S
+
+
+def test_nobody_listens_again_to_realtime_that_shows_no_first_byte():
+    listening = Listening(Baseline())
+    for now in range(0, 1000, 10):
+        listening.arrived(None, 0, now)
+    assert listening.until == LISTEN_S
+
+
+def test_too_few_answers_are_added_to_a_minute_later():
+    baseline = Baseline()
+    listening = Listening(baseline)
+    listening.arrived(None, 0, 0)
+    listening.began(1)
+    for _ in range(MIN_SAMPLES - 1):
+        baseline.hear(0.01, 1)
+    listening.arrived(None, 0, LISTEN_EVERY_S)
+    assert not listening.wants_silence(LISTEN_EVERY_S)
+    listening.arrived(None, 0, LISTEN_EVERY_S + 1)
+    assert listening.wants_silence(LISTEN_EVERY_S + 1)
+    baseline.hear(0.01, LISTEN_EVERY_S + 2)
+    assert baseline.median_s == 0.01
+
+
+@pytest.mark.parametrize(("pace", "listens"), [(0.21, True), (0.048, True), (0.19, False), (0.052, False)])
+def test_it_listens_anew_where_realtime_comes_twice_or_half_as_often(pace, listens):
+    listening, baseline = known()
+    baseline.again_at = math.inf
+    listening.arrived(math.log(pace), 0, LISTEN_ANEW_S - 0.1)
+    assert not listening.wants_silence(LISTEN_ANEW_S - 0.1)
+    listening.arrived(math.log(pace), 0, LISTEN_ANEW_S)
+    assert listening.wants_silence(LISTEN_ANEW_S) == listens
+
+
+def test_the_pace_is_compared_with_the_one_at_which_it_was_heard():
+    listening, baseline = known()
+    baseline.again_at = math.inf
+    listening.heard(PACE + 1)
+    listening.arrived(PACE + 1, 0, LISTEN_ANEW_S)
+    assert not listening.wants_silence(LISTEN_ANEW_S)
+    listening.arrived(None, 0, LISTEN_ANEW_S)
+    assert not listening.wants_silence(LISTEN_ANEW_S)
+    listening.arrived(PACE, 0, LISTEN_ANEW_S)
+    assert listening.wants_silence(LISTEN_ANEW_S)
+
+
+@pytest.mark.parametrize(("ran_out", "rests_until"), [(110, 110 + REST * 10), (None, 100 + PATIENCE_S * (1 + REST))])
+def test_batch_that_paused_runs_several_times_as_long_as_it_took_to_run_out(ran_out, rests_until):
+    listening, _ = known()
+    listening.arrived(PACE + 1, 50, 100)
+    if ran_out is not None:
+        listening.ran_out(ran_out)
+    until = listening.until
+    listening.arrived(PACE + 3, 50, rests_until - 0.1)
+    assert listening.until == until
+    listening.arrived(PACE + 3, 50, rests_until)
+    assert listening.until == rests_until + PATIENCE_S
+
+
+def test_a_baseline_that_wants_to_be_heard_again_is():
+    listening, baseline = known()
+    listening.arrived(PACE, 0, baseline.again_at - 0.1)
+    assert not listening.wants_silence(baseline.again_at - 0.1)
+    at = baseline.again_at
+    listening.arrived(PACE, 0, at)
+    assert listening.wants_silence(at)
+    assert baseline.again_at == math.inf

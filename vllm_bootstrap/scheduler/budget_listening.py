@@ -1,0 +1,86 @@
+"""When batch pauses, so that realtime can be heard alone. PURE.
+
+Invariant: once there is a baseline, batch that paused runs for ``REST`` times as long as it took to run out before it
+pauses again. Until there is one it has next to nothing to lose.
+
+A pause has two parts. First what runs of batch has to end, since nothing that has begun is taken back: that takes as
+long as batch answers are, and costs only the places that become free. Then realtime's answers are timed. One long
+answer must not keep a whole engine waiting: after a while, few count as none, and then it is given up.
+"""
+
+from __future__ import annotations
+
+import math
+
+from vllm_bootstrap.scheduler.budget_baseline import GOOD_SAMPLES, Baseline
+
+# How long realtime is listened to, or half as long as it took until that was possible; and how soon again.
+LISTEN_S, LISTEN_EVERY_S = 5.0, 60.0
+# How long batch is given to run out: until few are left, and at all. Few is this part of the slots, at least one.
+DRAIN_S, PATIENCE_S, FEW, REST = 30.0, 120.0, 1 / 32, 5
+# What realtime is like alone depends on how much of it there is: listen anew when arrivals are so many times closer
+# together or further apart than they were.
+PACE_CHANGED, LISTEN_ANEW_S = math.log(2), 20.0
+
+
+class Listening:
+    """``until``: when the pause is over at the latest. Paces are logarithms of the seconds between two arrivals."""
+
+    def __init__(self, baseline: Baseline) -> None:
+        self._baseline = baseline
+        self.until = self._began_at = self._again_at = self._rest_until = -math.inf
+        self._draining = False
+        self._known_pace: float | None = None
+
+    def wants_silence(self, now: float) -> bool:
+        return now < self.until and not self._baseline.knows(now, GOOD_SAMPLES)
+
+    def arrived(self, pace: float | None, batch: int, now: float) -> None:
+        """A realtime request arrived beside so many batch sequences: a pause may begin."""
+        if now < self.until or now < self._rest_until:
+            return
+        baseline = self._baseline
+        if now >= self._again_at and not baseline.knows(now):
+            pass
+        elif now >= self._began_at + LISTEN_ANEW_S and self._pace_changed(pace):
+            baseline.replace()
+        elif now >= baseline.again_at:
+            baseline.confirm()
+        else:
+            return
+        # Not again, unless a first byte shows that realtime has any to time.
+        self._began_at, self._known_pace, self._again_at = now, pace, math.inf
+        self._draining = True
+        self.until = now + PATIENCE_S
+        self._rest_until = self.until if baseline.median_s is None else self.until + REST * PATIENCE_S
+        if not batch:
+            self.ran_out(now)
+
+    def ran_out(self, now: float) -> None:
+        """No batch runs any more."""
+        if self._draining and now < self.until:
+            took_s = now - self._began_at
+            self._draining, self.until = False, now + max(LISTEN_S, took_s / 2)
+            self._rest_until = now + REST * took_s
+
+    def began(self, now: float) -> None:
+        """Realtime has a first byte: what it is like alone can be timed."""
+        self._again_at = min(self._again_at, now + LISTEN_EVERY_S)
+
+    def heard(self, pace: float | None) -> None:
+        """An answer that began alone was heard while realtime came at this pace."""
+        self._known_pace = pace
+
+    def alone(self, batch: int, slots: int, now: float) -> bool:
+        """Whether an answer that began beside so many batch sequences counts as one that began alone."""
+        if not batch:
+            return True
+        if now >= self.until or now < self._began_at + DRAIN_S or batch > max(1.0, slots * FEW):
+            return False
+        self.ran_out(now)
+        return True
+
+    def _pace_changed(self, lately: float | None) -> bool:
+        if self._baseline.median_s is None or self._known_pace is None or lately is None:
+            return False
+        return abs(lately - self._known_pace) > PACE_CHANGED
