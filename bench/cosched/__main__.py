@@ -151,7 +151,8 @@ class Bench:
         return times, lambda engines: self.measure(engines, contender, part, number, times)
 
     def times(self, times: Times) -> Times:
-        return times[0], times[1] * self.args.scale, times[2]
+        ends = max(1.0, sum(self.args.batch_tokens) / sum(Work.batch_tokens))
+        return times[0] * ends, times[1] * self.args.scale, times[2] * ends
 
     # -- running ----------------------------------------------------------------------------------------------------
 
@@ -210,7 +211,8 @@ class Bench:
         assert engines.default is not None
         warmup, seconds, cooldown = self.times(IDLE)
         work = {"port": engines.default.port, "batch": count, "seed": seed, "seconds": seconds}
-        return self.load({**work, "warmup_s": warmup, "cooldown_s": cooldown}).batch_tokens / seconds
+        ends = {"warmup_s": warmup, "cooldown_s": cooldown}
+        return self.load({**work, **ends, "batch_tokens": self.args.batch_tokens}).batch_tokens / seconds
 
     def full(self, engines: Engines, clients: int) -> None:
         """What realtime alone can have."""
@@ -234,6 +236,7 @@ class Bench:
         work["warmup_s"], seconds, work["cooldown_s"] = self.times(times)
         work["seconds"], work["batch"] = seconds, int(ours.slots * OVERLOAD) if contender.batch else 0
         work["realtime_headers"], work["batch_headers"] = _headers(contender)
+        work["batch_tokens"] = self.args.batch_tokens
         found = self.load(work)
         row.add(found, seconds)
         row.foreign.append(self.foreign)
@@ -311,6 +314,9 @@ def main() -> None:
     parser.add_argument("--profile", action="append", choices=sorted(SIMULATOR_SLOTS), help="of the simulator")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="measure so many times as long")
+    parser.add_argument(
+        "--batch-tokens", type=int, nargs=2, default=Work.batch_tokens, metavar=("LEAST", "MOST"), help="of its answers"
+    )
     parser.add_argument("--loads", type=float, nargs="*", default=[0, 0.05, 0.25, 0.5], help="parts of capacity")
     parser.add_argument("--levers", type=float, default=0.25, help="the load at which single levers are shown; 0: none")
     parser.add_argument(

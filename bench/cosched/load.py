@@ -8,7 +8,8 @@ cache helps. Reads one JSON object (``Work``) from stdin, writes one (``Found``)
 Measured are ``seconds``, after ``warmup_s``; the same load goes on for ``cooldown_s`` more. Of realtime, what was sent
 in the measured time counts; an answer that has not begun by the end counts as one that begins then, so it does not
 drop out. Of batch, complete answers count, by the part of their life that lay in the measured time: work that was
-thrown away counts nothing.
+thrown away counts nothing. Where ``x-queue-ms`` says how long a request waited before anything was sent to an engine,
+its life begins after that.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Answer(asyncio.Protocol):
         self.done: asyncio.Future[int] | None = None
         self.on_part: Callable[[float, bytes], None] = lambda _at, _part: None
         self._parser: Any = None
-        self.retry_after = 0.0
+        self.retry_after = self.queued_s = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
@@ -95,7 +96,7 @@ class Answer(asyncio.Protocol):
     def ask(self, head: bytes, body: bytes) -> asyncio.Future[int]:
         assert self.transport is not None
         self.done = asyncio.get_running_loop().create_future()
-        self.retry_after = 0.0
+        self.retry_after = self.queued_s = 0.0
         self._parser = httptools.HttpResponseParser(self)
         self.transport.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
         return self.done
@@ -104,6 +105,8 @@ class Answer(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if name.lower() == b"retry-after":
             self.retry_after = float(value)
+        elif name.lower() == b"x-queue-ms":
+            self.queued_s = int(value) / 1000
 
     def on_body(self, part: bytes) -> None:
         self.on_part(time.perf_counter(), part)
@@ -251,15 +254,15 @@ class Load:
             sent = time.perf_counter()
             status = await answer.ask(head, body)
             if status == 200:
-                self._batch_done(sent, tokens)
+                self._batch_done(sent + answer.queued_s, tokens)
             else:
                 self._refused[f"batch {status}"] += 1
                 await asyncio.sleep(min(max(0.1, answer.retry_after), RETRY_AT_MOST_S))
 
-    def _batch_done(self, sent: float, tokens: int) -> None:
+    def _batch_done(self, began: float, tokens: int) -> None:
         now = time.perf_counter()
-        inside = max(0.0, min(now, self._until) - max(sent, self._from))
-        self.found.batch_tokens += tokens * inside / (now - sent)
+        inside = max(0.0, min(now, self._until) - max(began, self._from))
+        self.found.batch_tokens += tokens * inside / (now - began)
         self.found.batch_done += inside > 0
 
 
