@@ -45,7 +45,7 @@ class HandBudget(BatchBudget):
     def batch_began(self, request: int, now: float) -> None:
         self.told.append(("batch_began", request, now))
 
-    def batch_ended(self, request: int, sequences: int, now: float) -> None:
+    def batch_ended(self, request: int, sequences: int, now: float, *, taken_back: bool = False) -> None:
         self.told.append(("batch_ended", request, sequences, now))
         self.batch -= sequences
 

@@ -38,7 +38,7 @@ from vllm_bootstrap.scheduler.ports import BatchBudget, BudgetReport, EngineSign
 # Realtime counts as active for some of its usual pauses after its last sign of life, within bounds. Where it was
 # thought idle and was not, the engine is full for as long as batch answers take: where that is long, for more of them.
 PAUSES, LONGEST_HOLD_S, GAP_WEIGHT = 4.0, 10.0, 0.125
-MISJUDGED, ANSWERS, LONGEST_OF_ALL_S, ANSWER_WEIGHT = 0.01, 3, 30.0, 1 / 16
+MISJUDGED, ANSWERS, LONGEST_OF_ALL_S, ANSWER_WEIGHT = 0.0025, 3, 30.0, 1 / 16
 # The pace is the geometric mean of some thirty pauses: a single one does not move it far.
 PACE_WEIGHT, SHORTEST_GAP_S = 1 / 32, 0.001
 RAMP_S = 0.25
@@ -76,7 +76,7 @@ class Budget(BatchBudget):
         self._running: dict[int, float] = {}
         self._batch_over_at = -math.inf
         self._arrived_at: float | None = None
-        self._gap_s = self._batch_answer_s = 0.0
+        self._gap_s = 0.0
         self._pauses = PAUSES
         self._hold_s = self._least_hold_s = min(policy.idle_after_s, LONGEST_HOLD_S)
         self._longest_hold_s = LONGEST_HOLD_S
@@ -149,9 +149,9 @@ class Budget(BatchBudget):
     def batch_began(self, request: int, now: float) -> None:
         self._pacing.over(request, now)
 
-    def batch_ended(self, request: int, sequences: int, now: float) -> None:
+    def batch_ended(self, request: int, sequences: int, now: float, *, taken_back: bool = False) -> None:
         granted_at = self._running.pop(request, None)
-        if granted_at is not None:
+        if granted_at is not None and not taken_back:
             self._batch_took(now - granted_at)
         self._batch = max(0, self._batch - sequences)
         self._pacing.over(request, now)
@@ -162,7 +162,8 @@ class Budget(BatchBudget):
             self._floor.runs(running=False, now=now)
 
     def _batch_took(self, seconds: float) -> None:
-        self._batch_answer_s = answer_s = self._batch_answer_s + ANSWER_WEIGHT * (seconds - self._batch_answer_s)
+        listening = self._listening
+        listening.answer_s = answer_s = listening.answer_s + ANSWER_WEIGHT * (seconds - listening.answer_s)
         self._longest_hold_s = min(max(LONGEST_HOLD_S, ANSWERS * answer_s), LONGEST_OF_ALL_S)
         if self._gap_s > 0:
             # Where chance makes the pauses, e^-k of them are longer than k usual ones, and one that was misjudged is

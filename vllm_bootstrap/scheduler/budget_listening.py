@@ -1,11 +1,12 @@
 """When batch pauses, so that realtime can be heard alone. PURE.
 
-Invariant: once there is a baseline, batch that paused runs for ``REST`` times as long as it took to run out before it
-pauses again. Until there is one it has next to nothing to lose.
+Invariant: once there is a baseline, batch that paused runs for ``REST`` times as long as that cost it before it pauses
+again. Until there is one it has next to nothing to lose.
 
-A pause has two parts. First what runs of batch has to end, since nothing that has begun is taken back: that takes as
-long as batch answers are, and costs only the places that become free. Then realtime's answers are timed. One long
-answer must not keep a whole engine waiting: after a while, few count as none, and then it is given up.
+A pause has two parts. First what runs of batch has to end. What has begun to answer is waited for: that takes as long
+as batch answers are, and costs the places that become free meanwhile. What has not is taken back, and what was done of
+it is lost, as much as a batch answer is long. Then realtime's answers are timed. One long answer must not keep a whole
+engine waiting: after a while, few count as none, and then it is given up.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ PACE_CHANGED, LISTEN_ANEW_S = math.log(2), 20.0
 
 
 class Listening:
-    """``until``: when the pause is over at the latest. Paces are logarithms of the seconds between two arrivals."""
+    """``until``: when the pause is over at the latest. ``answer_s``: how long batch answers take, lately; whoever sees
+    them end says so. Paces are logarithms of the seconds between two arrivals."""
 
     def __init__(self, baseline: Baseline) -> None:
         self._baseline = baseline
         self.until = self._began_at = self._again_at = self._rest_until = -math.inf
+        self.answer_s = 0.0
         self._draining = False
         self._known_pace: float | None = None
 
@@ -61,7 +64,7 @@ class Listening:
         if self._draining and now < self.until:
             took_s = now - self._began_at
             self._draining, self.until = False, now + max(LISTEN_S, took_s / 2)
-            self._rest_until = now + REST * took_s
+            self._rest_until = now + REST * max(took_s, self.answer_s)
 
     def began(self, now: float) -> None:
         """Realtime has a first byte: what it is like alone can be timed."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from vllm_bootstrap.scheduler.budget import Budget, BudgetPolicy
+from vllm_bootstrap.scheduler.capacity import MAX_TAKEN_BACK
 
 ALONE_S, STEP_S, ANSWER_S, BATCH_S = 0.012, 0.0005, 0.3, 0.8
 # So soon a batch answer begins, and stays from then on.
@@ -31,6 +32,10 @@ class Engine:
     running: dict[int, float] = field(default_factory=dict)
     seen: list[tuple[float, float, int]] = field(default_factory=list)
     taken_back: int = 0
+    again: list[int] = field(default_factory=list)
+    times_back: dict[int, int] = field(default_factory=dict)
+    done_s: float = 0.0
+    lost_s: float = 0.0
     grants: int = 0
     events: list[tuple[float, str, float]] = field(default_factory=list)
 
@@ -67,16 +72,22 @@ class Engine:
         return work * self.chance.uniform(0.85, 1.35)
 
     def take_back(self, now: float) -> None:
-        unbegun = [request for request, since in self.running.items() if now - since < self.begins_s]
+        unbegun = [
+            request
+            for request, since in self.running.items()
+            if now - since < self.begins_s and self.times_back[request] < MAX_TAKEN_BACK
+        ]
         for request in sorted(unbegun, reverse=True)[: self.budget.take_back(now)]:
-            del self.running[request]
-            self.budget.batch_ended(request, 1, now)
+            self.lost_s += now - self.running.pop(request)
+            self.budget.batch_ended(request, 1, now, taken_back=True)
             self.taken_back += 1
+            self.again.append(self.times_back.pop(request) + 1)
 
     def end_batch(self, now: float) -> None:
         for request, since in list(self.running.items()):
             if now - since >= self.batch_s * (1 + request % 7 / 7):
-                del self.running[request]
+                self.done_s += now - self.running.pop(request)
+                del self.times_back[request]
                 self.budget.batch_ended(request, 1, now)
 
     def fill(self, now: float) -> None:
@@ -84,6 +95,7 @@ class Engine:
         while len(self.running) < self.budget.allowance(now) and self.budget.paced_until(now) is None:
             self.grants += 1
             self.running[self.grants] = now
+            self.times_back[self.grants] = self.again.pop() if self.again else 0
             self.budget.batch_granted(self.grants, 1, PROMPT_TOKENS, now)
 
     def tail(self, start: float, end: float) -> float:
@@ -186,6 +198,20 @@ def test_batch_with_long_answers_learns_what_it_may_use(batch_s, rate):
     assert engine.mean_batch(500, 1000) >= 6, "the cap begins with three"
 
 
+@pytest.mark.parametrize("begins_s", [BEGINS_S, 1000.0])
+@pytest.mark.parametrize("batch_s", [6.0, 30.0])
+def test_a_pace_that_keeps_changing_costs_long_answers_little(batch_s, begins_s):
+    engine = made(6)
+    engine.per_sequence_s, engine.batch_s, engine.begins_s = QUICK_STEP_S, batch_s, begins_s
+    engine.run(poisson(10, engine.chance), until=60)
+    for now in range(60, 960, 50):
+        rate = 25 if now // 50 % 2 else 5
+        engine.run((at for at in poisson(rate, engine.chance, start=now) if at < now + 50), until=now + 50, now=now)
+    assert engine.tail(60, 960) <= 1.6 * 1.345 * ALONE_S
+    assert engine.lost_s < 0.4 * engine.done_s
+    assert engine.mean_batch(60, 960) > 4
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_pause_of_realtime_by_chance_does_not_fill_the_engine_with_long_answers(seed):
     engine = made(seed)
@@ -195,7 +221,7 @@ def test_a_pause_of_realtime_by_chance_does_not_fill_the_engine_with_long_answer
     assert engine.mean_batch(60, 600) >= 1
 
 
-@pytest.mark.parametrize(("batch_s", "pauses"), [(BATCH_S, 4.6), (6.0, 6.4), (60.0, 8.7)])
+@pytest.mark.parametrize(("batch_s", "pauses"), [(BATCH_S, 5.7), (6.0, 7.5), (60.0, 9.7)])
 def test_realtime_that_has_gone_is_missed_longer_where_batch_answers_are_long(batch_s, pauses):
     gap_s = 1.5
     engine = made(3)

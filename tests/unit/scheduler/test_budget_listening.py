@@ -138,6 +138,18 @@ def test_batch_that_paused_runs_several_times_as_long_as_it_took_to_run_out(ran_
     assert listening.until == rests_until + PATIENCE_S
 
 
+@pytest.mark.parametrize(("answer_s", "rests_s"), [(3.0, 10.0), (30.0, 30.0)])
+def test_what_was_taken_back_is_paid_for_too(answer_s, rests_s):
+    listening, _ = known()
+    listening.answer_s = answer_s
+    listening.arrived(PACE + 1, 50, 100)
+    listening.ran_out(110)
+    listening.arrived(PACE + 3, 50, 110 + REST * rests_s - 0.1)
+    assert not listening.wants_silence(110 + REST * rests_s - 0.1)
+    listening.arrived(PACE + 3, 50, 110 + REST * rests_s)
+    assert listening.wants_silence(110 + REST * rests_s)
+
+
 def test_a_baseline_that_wants_to_be_heard_again_is():
     listening, baseline = known()
     listening.arrived(PACE, 0, baseline.again_at - 0.1)
