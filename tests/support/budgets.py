@@ -47,6 +47,8 @@ class HandBudget(BatchBudget):
 
     def batch_ended(self, request: int, sequences: int, now: float, *, taken_back: bool = False) -> None:
         self.told.append(("batch_ended", request, sequences, now))
+        if taken_back:
+            self.told.append(("batch_taken_back", request))
         self.batch -= sequences
 
     def batch_waits(self, waiting: bool, now: float) -> None:

@@ -139,6 +139,18 @@ def test_d_realtime_that_waits_takes_the_youngest_batch_back() -> None:
     assert desk.order() == [older, realtime, younger]
 
 
+def test_d_the_budget_is_told_what_was_taken_back_and_what_ended() -> None:
+    desk = Desk(launch(slots=3))
+    *_, youngest = [batch(desk, replayable=True) for _ in range(3)]
+    desk.ask()
+    assert desk.revoked == [youngest]
+    desk.again(youngest)
+    desk.done(desk.order()[0])
+    budget = desk.budgets[0]
+    assert len(budget.of("batch_ended")) == 2
+    assert budget.of("batch_taken_back") == [budget.of("batch_ended")[0][:1]]
+
+
 def test_d_an_answer_that_shrinks_the_budget_takes_batch_back() -> None:
     desk = Desk(launch(slots=3))
     older, younger, realtime = batch(desk, replayable=True), batch(desk, replayable=True), desk.ask()
