@@ -37,8 +37,7 @@ from vllm_bootstrap.scheduler.ports import BatchBudget, BudgetReport, EngineSign
 
 # Realtime counts as active for some of its usual pauses after its last sign of life, within bounds. Where it was
 # thought idle and was not, the engine is full for as long as batch answers take: where that is long, for more of them.
-PAUSES, LONGEST_HOLD_S, GAP_WEIGHT = 4.0, 10.0, 0.125
-MISJUDGED, ANSWERS, LONGEST_OF_ALL_S, ANSWER_WEIGHT = 0.0025, 3, 30.0, 1 / 16
+PAUSES, LONGEST_HOLD_S, GAP_WEIGHT, MISJUDGED, ANSWER_WEIGHT = 4.0, 10.0, 0.125, 0.0025, 1 / 16
 # The pace is the geometric mean of some thirty pauses: a single one does not move it far.
 PACE_WEIGHT, SHORTEST_GAP_S = 1 / 32, 0.001
 RAMP_S = 0.25
@@ -79,7 +78,6 @@ class Budget(BatchBudget):
         self._gap_s = 0.0
         self._pauses = PAUSES
         self._hold_s = self._least_hold_s = min(policy.idle_after_s, LONGEST_HOLD_S)
-        self._longest_hold_s = LONGEST_HOLD_S
         self._active_until = -math.inf
         # Logarithm of the seconds between two arrivals, lately.
         self._pace: float | None = None
@@ -104,22 +102,24 @@ class Budget(BatchBudget):
                 pace, before = log(gap) if gap > SHORTEST_GAP_S else _QUICKEST, self._pace
                 self._pace = pace if before is None else before + PACE_WEIGHT * (pace - before)
             else:
-                gap = min(gap, self._longest_hold_s)
+                gap = min(gap, LONGEST_HOLD_S)
+                if not self._realtime:
+                    self._listening.idle()
             self._gap_s = usual = usual + GAP_WEIGHT * (gap - usual)
             if hold_s != self._least_hold_s or self._pauses * usual > hold_s:
-                self._hold_s = min(max(self._least_hold_s, self._pauses * usual), self._longest_hold_s)
+                self._hold_s = min(max(self._least_hold_s, self._pauses * usual), LONGEST_HOLD_S)
         self._listening.arrived(self._pace, self._batch, now)
-        self._active_until = max(self._active_until, now + self._hold_s)
+        self._active_until = now + self._hold_s
 
     def realtime_granted(self, sequences: int, prompt_tokens: int, now: float) -> None:  # noqa: ARG002
         self._realtime += sequences
         baseline_s = self._baseline.median_s
         if baseline_s is not None:
             self._pacing.realtime(baseline_s, now)
-        self._active_until = max(self._active_until, now + self._hold_s)
+        self._active_until = now + self._hold_s
 
     def realtime_began(self, ttft_s: float, now: float) -> None:
-        self._active_until = max(self._active_until, now + self._hold_s)
+        self._active_until = now + self._hold_s
         listening = self._listening
         listening.began(now)
         if now >= listening.until:
@@ -133,7 +133,7 @@ class Budget(BatchBudget):
 
     def realtime_ended(self, sequences: int, now: float) -> None:
         self._realtime = max(0, self._realtime - sequences)
-        self._active_until = max(self._active_until, now + self._hold_s)
+        self._active_until = now + self._hold_s
 
     def _active(self, now: float) -> bool:
         return self._realtime > 0 or now < self._active_until
@@ -149,9 +149,9 @@ class Budget(BatchBudget):
     def batch_began(self, request: int, now: float) -> None:
         self._pacing.over(request, now)
 
-    def batch_ended(self, request: int, sequences: int, now: float, *, taken_back: bool = False) -> None:
+    def batch_ended(self, request: int, sequences: int, now: float, *, answered: bool = True) -> None:
         granted_at = self._running.pop(request, None)
-        if granted_at is not None and not taken_back:
+        if granted_at is not None and answered:
             self._batch_took(now - granted_at)
         self._batch = max(0, self._batch - sequences)
         self._pacing.over(request, now)
@@ -162,13 +162,13 @@ class Budget(BatchBudget):
             self._floor.runs(running=False, now=now)
 
     def _batch_took(self, seconds: float) -> None:
-        listening = self._listening
-        listening.answer_s = answer_s = listening.answer_s + ANSWER_WEIGHT * (seconds - listening.answer_s)
-        self._longest_hold_s = min(max(LONGEST_HOLD_S, ANSWERS * answer_s), LONGEST_OF_ALL_S)
-        if self._gap_s > 0:
+        listening, gap_s = self._listening, self._gap_s
+        before = listening.answer_s or seconds
+        listening.answer_s = answer_s = before + ANSWER_WEIGHT * (seconds - before)
+        if gap_s > 0 and answer_s > 0:
             # Where chance makes the pauses, e^-k of them are longer than k usual ones, and one that was misjudged is
             # felt by all requests within one batch answer.
-            self._pauses = max(PAUSES, log(max(1.0, answer_s / self._gap_s) / MISJUDGED))
+            self._pauses = max(PAUSES, log(answer_s / gap_s / MISJUDGED))
 
     def batch_waits(self, waiting: bool, now: float) -> None:
         self._floor.waits(waiting, now)

@@ -27,7 +27,8 @@ AGREE, LEAST_S = 0.85, 1e-6
 
 class Baseline:
     """``median_s`` and ``tail_s``: the middle and the latest of what realtime is like alone, None and 0 before eight
-    answers were heard. ``again_at``: from then on it wants to be heard a second time."""
+    answers were heard. ``again_at``: from then on it wants to be heard a second time. ``firm``: there have been two
+    hearings, some time apart."""
 
     def __init__(self) -> None:
         self._counts = _samples()
@@ -36,6 +37,8 @@ class Baseline:
         # A hearing that came out later than what counts, and when that was.
         self._later: deque[float] | None = None
         self._later_at = self._at = -math.inf
+        self._first_at = math.inf
+        self.firm = False
         self.again_at = math.inf
         self.median_s: float | None = None
         self.tail_s = 0.0
@@ -47,7 +50,8 @@ class Baseline:
     def hear(self, ttft_s: float, now: float) -> None:
         """A realtime answer began while no batch ran."""
         if now - self._at >= BASELINE_AGE_S:
-            self.replace()
+            self._wanted = True
+            self._heard.clear()
         self._at = now
         self._heard.append(ttft_s)
         if len(self._heard) >= GOOD_SAMPLES:
@@ -68,13 +72,19 @@ class Baseline:
 
     def settle(self, now: float) -> None:
         """No more answers come for now: the hearing that was wanted is over if it had enough. Idempotent."""
-        if self._wanted and len(self._heard) >= MIN_SAMPLES:
+        if self._wanted:
+            self.conclude(now)
+
+    def conclude(self, now: float) -> None:
+        """What was heard is a hearing, wanted or not, if it is enough for one."""
+        if len(self._heard) >= MIN_SAMPLES:
             self._conclude(now)
 
     def _conclude(self, now: float) -> None:
         heard, self._heard, self._wanted = self._heard, _samples(), False
+        self.firm = self.firm or now >= self._first_at + CONFIRM_S
         if not self._counts:
-            self._counts, self.again_at = heard, now + CONFIRM_S
+            self._counts, self._first_at, self.again_at = heard, now, now + CONFIRM_S
         elif part(heard, 0.5) <= part(self._counts, 0.5) / AGREE:
             self._counts = _of_two(self._counts, heard)
             if self._later is not None or now >= self.again_at:

@@ -28,6 +28,8 @@ GROW_BELOW, SHRINK_ABOVE = 0.12, 0.25
 GROW_BY, SHRINK_BY = 1.25, 0.75
 # After a change, sequences that were admitted before it still run.
 SETTLE_S = 0.5
+# How long a cap of nothing stays: until eight answers have begun without batch, within bounds.
+RECOVER_S, RECOVER_AT_MOST_S = 2.0, 60.0
 
 
 class Cap:
@@ -38,7 +40,7 @@ class Cap:
         self.baseline = Baseline()
         self._recent: deque[float] = deque(maxlen=RECENT_SAMPLES)
         self._late: deque[bool] = deque(maxlen=LATE_SAMPLES)
-        self._ran = 0
+        self._ran = self._alone = 0
         self._told = 0
         self._changed_at = -math.inf
         self._value: float | None = None
@@ -84,12 +86,18 @@ class Cap:
             self._move(self._value / 2, now)
 
     def recover(self, ceiling: int, now: float) -> None:
-        """A cap of nothing proves nothing: try one again after a while."""
-        if self.value(ceiling) == 0 and now - self._changed_at >= 4 * SETTLE_S:
+        """An answer began without batch. A cap of nothing proves nothing: try one again after a while, in which it
+        costs nothing to hear what realtime is like alone."""
+        if self.value(ceiling):
+            return
+        self._alone += 1
+        since_s = now - self._changed_at
+        if since_s >= RECOVER_S and (self._alone >= MIN_SAMPLES or since_s >= RECOVER_AT_MOST_S):
+            self.baseline.conclude(now)
             self._move(min(1.0, ceiling), now)
 
     def _move(self, value: float, now: float) -> None:
         self._value = float(math.floor(value))
         self._changed_at = now
-        self._ran = 0
+        self._ran = self._alone = 0
         self._recent.clear()

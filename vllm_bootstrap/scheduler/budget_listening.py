@@ -1,7 +1,7 @@
 """When batch pauses, so that realtime can be heard alone. PURE.
 
-Invariant: once there is a baseline, batch that paused runs for ``REST`` times as long as that cost it before it pauses
-again. Until there is one it has next to nothing to lose.
+Invariant: once the baseline is firm, batch does not pause again for ``REST`` times as long as it cost it to run out,
+from that moment on. Before there is any, it has next to nothing to lose.
 
 A pause has two parts. First what runs of batch has to end. What has begun to answer is waited for: that takes as long
 as batch answers are, and costs the places that become free meanwhile. What has not is taken back, and what was done of
@@ -17,7 +17,7 @@ from vllm_bootstrap.scheduler.budget_baseline import GOOD_SAMPLES, Baseline
 
 # How long realtime is listened to, or half as long as it took until that was possible; and how soon again.
 LISTEN_S, LISTEN_EVERY_S = 5.0, 60.0
-# How long batch is given to run out: until few are left, and at all. Few is this part of the slots, at least one.
+# How long batch is given to run out: until few are left, and at all. Few is this part of the slots, rounded.
 DRAIN_S, PATIENCE_S, FEW, REST = 30.0, 120.0, 1 / 32, 5
 # What realtime is like alone depends on how much of it there is: listen anew when arrivals are so many times closer
 # together or further apart than they were.
@@ -40,15 +40,15 @@ class Listening:
 
     def arrived(self, pace: float | None, batch: int, now: float) -> None:
         """A realtime request arrived beside so many batch sequences: a pause may begin."""
+        baseline = self._baseline
         if now < self.until or now < self._rest_until:
             return
-        baseline = self._baseline
         if now >= self._again_at and not baseline.knows(now):
             pass
-        elif now >= self._began_at + LISTEN_ANEW_S and self._pace_changed(pace):
-            baseline.replace()
         elif now >= baseline.again_at:
             baseline.confirm()
+        elif now >= self._began_at + LISTEN_ANEW_S and self._pace_changed(pace):
+            baseline.replace()
         else:
             return
         # Not again, unless a first byte shows that realtime has any to time.
@@ -64,7 +64,13 @@ class Listening:
         if self._draining and now < self.until:
             took_s = now - self._began_at
             self._draining, self.until = False, now + max(LISTEN_S, took_s / 2)
-            self._rest_until = now + REST * max(took_s, self.answer_s)
+            self._rest_until = now + REST * max(took_s, self.answer_s) if self._baseline.firm else now
+
+    def idle(self) -> None:
+        """Realtime was idle, and batch has filled the engine again: it has not run out, and that cost nothing."""
+        if self._draining:
+            self._draining = False
+            self.until = self._rest_until = self._again_at = -math.inf
 
     def began(self, now: float) -> None:
         """Realtime has a first byte: what it is like alone can be timed."""
@@ -78,7 +84,7 @@ class Listening:
         """Whether an answer that began beside so many batch sequences counts as one that began alone."""
         if not batch:
             return True
-        if now >= self.until or now < self._began_at + DRAIN_S or batch > max(1.0, slots * FEW):
+        if not self.wants_silence(now) or now < self._began_at + DRAIN_S or batch > int(slots * FEW + 0.5):
             return False
         self.ran_out(now)
         return True

@@ -198,10 +198,9 @@ class Launch:
         if cls == "realtime":
             self.budget.realtime_ended(cost, now)
         else:
-            taken_back = request.returning
             self.keep(request)
             self.batch -= request.counted
-            self.budget.batch_ended(request.id, cost, now, taken_back=taken_back)
+            self.budget.batch_ended(request.id, cost, now, answered=request.began)
         request.launch = None
 
     # What is taken back

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from vllm_bootstrap.scheduler.budget_baseline import GOOD_SAMPLES, MIN_SAMPLES, Baseline
+from vllm_bootstrap.scheduler.budget_baseline import CONFIRM_S, GOOD_SAMPLES, MIN_SAMPLES, Baseline
 from vllm_bootstrap.scheduler.budget_listening import (
     DRAIN_S,
     LISTEN_ANEW_S,
@@ -17,14 +17,15 @@ SLOTS, PACE = 128, math.log(0.1)
 
 
 def known(now: float = 0.0) -> tuple[Listening, Baseline]:
-    """One that has listened, to answers that came at once."""
+    """One that has listened twice."""
     baseline = Baseline()
     listening = Listening(baseline)
     listening.arrived(PACE, 0, now)
-    for _ in range(GOOD_SAMPLES):
-        listening.began(now)
-        baseline.hear(0.01, now)
-        listening.heard(PACE)
+    for at in (now, now + CONFIRM_S):
+        for _ in range(GOOD_SAMPLES):
+            listening.began(at)
+            baseline.hear(0.01, at)
+            listening.heard(PACE)
     return listening, baseline
 
 
@@ -58,7 +59,7 @@ def test_batch_that_runs_out_soon_leaves_the_usual_time():
     assert listening.until == 2 + LISTEN_S
 
 
-@pytest.mark.parametrize(("slots", "few"), [(128, 4), (256, 8), (16, 1), (1, 1)])
+@pytest.mark.parametrize(("slots", "few"), [(128, 4), (256, 8), (16, 1)])
 def test_after_a_while_few_count_as_none(slots, few):
     listening = Listening(Baseline())
     listening.arrived(None, 50, 0)
@@ -69,6 +70,48 @@ def test_after_a_while_few_count_as_none(slots, few):
     assert listening.alone(few, slots, DRAIN_S * 1.5 - 0.1)
     assert not listening.alone(few, slots, DRAIN_S * 1.5)
     assert listening.alone(0, slots, 1000)
+
+
+def test_few_do_not_count_as_none_where_one_is_much():
+    listening = Listening(Baseline())
+    listening.arrived(None, 1, 0)
+    assert not listening.alone(1, 15, PATIENCE_S - 1)
+
+
+def test_few_count_as_none_no_longer_than_it_listens():
+    listening, baseline = known()
+    listening.arrived(PACE + 1, 50, 100)
+    assert listening.alone(3, SLOTS, 100 + DRAIN_S)
+    for _ in range(GOOD_SAMPLES):
+        baseline.hear(0.01, 131)
+    assert not listening.alone(3, SLOTS, 131)
+
+
+def test_batch_that_filled_the_engine_again_has_not_run_out():
+    listening, _ = known()
+    listening.arrived(PACE + 1, 50, 100)
+    listening.idle()
+    assert not listening.wants_silence(101)
+    listening.arrived(PACE + 1, 50, 150)
+    assert listening.until == 150 + PATIENCE_S
+    listening.ran_out(151)
+    until = listening.until
+    listening.idle()
+    assert listening.until == until, "it is silent"
+
+
+def test_nothing_has_to_be_paid_for_before_the_second_hearing():
+    baseline = Baseline()
+    listening = Listening(baseline)
+    listening.arrived(PACE, 50, 0)
+    listening.ran_out(20)
+    for _ in range(GOOD_SAMPLES):
+        baseline.hear(0.01, 21)
+    assert not listening.wants_silence(22)
+    listening.arrived(PACE, 50, 30.9)
+    assert not listening.wants_silence(30.9)
+    listening.arrived(PACE, 50, 31)
+    assert listening.wants_silence(31)
 
 
 def test_batch_that_does_not_run_out_is_waited_for_again_while_nothing_is_known():
@@ -152,9 +195,9 @@ def test_what_was_taken_back_is_paid_for_too(answer_s, rests_s):
 
 def test_a_baseline_that_wants_to_be_heard_again_is():
     listening, baseline = known()
-    listening.arrived(PACE, 0, baseline.again_at - 0.1)
-    assert not listening.wants_silence(baseline.again_at - 0.1)
-    at = baseline.again_at
-    listening.arrived(PACE, 0, at)
-    assert listening.wants_silence(at)
+    baseline.again_at = 50
+    listening.arrived(PACE, 0, 49.9)
+    assert not listening.wants_silence(49.9)
+    listening.arrived(PACE + 1, 0, 50)
+    assert listening.wants_silence(50)
     assert baseline.again_at == math.inf

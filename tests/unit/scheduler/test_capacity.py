@@ -139,16 +139,18 @@ def test_d_realtime_that_waits_takes_the_youngest_batch_back() -> None:
     assert desk.order() == [older, realtime, younger]
 
 
-def test_d_the_budget_is_told_what_was_taken_back_and_what_ended() -> None:
+def test_d_the_budget_is_told_which_batch_requests_an_engine_answered() -> None:
     desk = Desk(launch(slots=3))
-    *_, youngest = [batch(desk, replayable=True) for _ in range(3)]
+    oldest, failed, youngest = (batch(desk, replayable=True) for _ in range(3))
     desk.ask()
     assert desk.revoked == [youngest]
     desk.again(youngest)
-    desk.done(desk.order()[0])
+    desk.begin(oldest)
+    desk.done(oldest)
+    desk.done(failed)
     budget = desk.budgets[0]
-    assert len(budget.of("batch_ended")) == 2
-    assert budget.of("batch_taken_back") == [budget.of("batch_ended")[0][:1]]
+    assert len(budget.of("batch_ended")) == 3
+    assert budget.of("batch_answered") == [budget.of("batch_ended")[1][:1]]
 
 
 def test_d_an_answer_that_shrinks_the_budget_takes_batch_back() -> None:
@@ -275,6 +277,7 @@ def test_the_budget_hears_each_event_once() -> None:
         ("realtime_ended", 1, 2.0),
         ("batch_granted", waiting, 1, 9, 2.0),
         ("batch_ended", waiting, 1, 3.0),
+        ("batch_answered", waiting),
         ("batch_waits", False, 3.0),
         ("batch_granted", waiting + 1, 1, 0, 3.0),
     ]
