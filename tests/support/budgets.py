@@ -45,10 +45,10 @@ class HandBudget(BatchBudget):
     def batch_began(self, request: int, now: float) -> None:
         self.told.append(("batch_began", request, now))
 
-    def batch_ended(self, request: int, sequences: int, now: float, *, answered: bool = True) -> None:
+    def batch_ended(self, request: int, sequences: int, now: float, *, worked: bool = True) -> None:
         self.told.append(("batch_ended", request, sequences, now))
-        if answered:
-            self.told.append(("batch_answered", request))
+        if worked:
+            self.told.append(("batch_worked", request))
         self.batch -= sequences
 
     def batch_waits(self, waiting: bool, now: float) -> None:

@@ -262,7 +262,7 @@ class Admission(Questions):
         request = self._requests.get(request_id)
         if request is None or request.launch is None:
             return
-        launch = self._dispatcher.stop(request, now)
+        launch = self._dispatcher.stop(request, now, worked=worked)
         request.lane.shelf.pace.finished(now)
         self._end(request, now, worked=worked)
         waiting = launch.waiting
@@ -273,7 +273,7 @@ class Admission(Questions):
         """A granted request gives its place back and asks for another: it was revoked, or its engine cannot be reached.
         Grant, or None: it waits where it would, had it never had one. Raises the refusal (1-3); it has ended then."""
         request = self._requests[request_id]
-        before = self._dispatcher.stop(request, now)
+        before = self._dispatcher.stop(request, now, worked=False)
         before.turns[request.ticket.cls].refund(request)
         try:
             if self._draining:

@@ -103,8 +103,8 @@ class Budget(BatchBudget):
                 self._pace = pace if before is None else before + PACE_WEIGHT * (pace - before)
             else:
                 gap = min(gap, LONGEST_HOLD_S)
-                if not self._realtime:
-                    self._listening.idle()
+                if not self._active(now):
+                    self._listening.idle(now)
             self._gap_s = usual = usual + GAP_WEIGHT * (gap - usual)
             if hold_s != self._least_hold_s or self._pauses * usual > hold_s:
                 self._hold_s = min(max(self._least_hold_s, self._pauses * usual), LONGEST_HOLD_S)
@@ -149,9 +149,9 @@ class Budget(BatchBudget):
     def batch_began(self, request: int, now: float) -> None:
         self._pacing.over(request, now)
 
-    def batch_ended(self, request: int, sequences: int, now: float, *, answered: bool = True) -> None:
+    def batch_ended(self, request: int, sequences: int, now: float, *, worked: bool = True) -> None:
         granted_at = self._running.pop(request, None)
-        if granted_at is not None and answered:
+        if granted_at is not None and worked:
             self._batch_took(now - granted_at)
         self._batch = max(0, self._batch - sequences)
         self._pacing.over(request, now)

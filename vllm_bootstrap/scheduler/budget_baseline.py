@@ -15,8 +15,9 @@ from __future__ import annotations
 import math
 from collections import deque
 
-# Answers that make a hearing: needed, and wanted. How many the baseline remembers, and for how long they are believed.
-MIN_SAMPLES, GOOD_SAMPLES, BASELINE_SAMPLES, BASELINE_AGE_S = 8, 32, 64, 300.0
+# Answers that make a hearing: needed, enough, and wanted. How many the baseline remembers, and for how long they are
+# believed when no other is heard.
+MIN_SAMPLES, ENOUGH_SAMPLES, GOOD_SAMPLES, BASELINE_SAMPLES, BASELINE_AGE_S = 8, 16, 32, 64, 300.0
 # Whatever made an engine slow in one hearing is over by the second.
 CONFIRM_S = 10.0
 # The latest answers: this part of them begins earlier.
@@ -76,8 +77,8 @@ class Baseline:
             self.conclude(now)
 
     def conclude(self, now: float) -> None:
-        """What was heard is a hearing, wanted or not, if it is enough for one."""
-        if len(self._heard) >= MIN_SAMPLES:
+        """What was heard is a hearing if it is enough for one; of answers that nobody wanted to hear that is more."""
+        if len(self._heard) >= (MIN_SAMPLES if self._wanted else ENOUGH_SAMPLES):
             self._conclude(now)
 
     def _conclude(self, now: float) -> None:

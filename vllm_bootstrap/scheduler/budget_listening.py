@@ -66,11 +66,13 @@ class Listening:
             self._draining, self.until = False, now + max(LISTEN_S, took_s / 2)
             self._rest_until = now + REST * max(took_s, self.answer_s) if self._baseline.firm else now
 
-    def idle(self) -> None:
-        """Realtime was idle, and batch has filled the engine again: it has not run out, and that cost nothing."""
-        if self._draining:
-            self._draining = False
-            self.until = self._rest_until = self._again_at = -math.inf
+    def idle(self, now: float) -> None:
+        """Realtime was idle before it arrived now: batch has filled the engine again instead of running out."""
+        if self._draining and now < self.until:
+            self._draining, self.until = False, now
+            self._rest_until = now + REST * (now - self._began_at) if self._baseline.firm else now
+            if self._again_at < math.inf:  # else it has shown no first byte
+                self._again_at = now
 
     def began(self, now: float) -> None:
         """Realtime has a first byte: what it is like alone can be timed."""

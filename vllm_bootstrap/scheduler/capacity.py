@@ -189,7 +189,7 @@ class Launch:
         if streamed:
             self.budget.batch_began(request.id, now)
 
-    def end(self, request: Request, now: float) -> None:
+    def end(self, request: Request, now: float, *, worked: bool) -> None:
         """``request`` gives its slots back."""
         cls, cost = request.ticket.cls, request.cost
         self.sequences -= cost
@@ -200,7 +200,7 @@ class Launch:
         else:
             self.keep(request)
             self.batch -= request.counted
-            self.budget.batch_ended(request.id, cost, now, answered=request.began)
+            self.budget.batch_ended(request.id, cost, now, worked=worked)
         request.launch = None
 
     # What is taken back

@@ -89,11 +89,11 @@ class Dispatcher:
             self.take_back(launch, now)
         return Grant(request.id, instance, request.waited, promoted, shelf.name)
 
-    def stop(self, request: Request, now: float) -> Launch:
-        """``request`` gives its place back. What waits may run now: ``pump``."""
+    def stop(self, request: Request, now: float, *, worked: bool) -> Launch:
+        """``request`` gives its place back. What waits may run now: ``pump``. ``worked``: see ``KeyLimits.leave``."""
         launch = request.launch
         assert launch is not None  # noqa: S101 - the caller has looked
-        launch.end(request, now)
+        launch.end(request, now, worked=worked)
         request.lane.shelf.in_flight[request.ticket.cls] -= 1
         return launch
 

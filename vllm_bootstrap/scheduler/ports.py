@@ -69,8 +69,8 @@ class BatchBudget(Protocol):
     def batch_began(self, request: int, now: float) -> None:
         """A batch answer has begun: its prompt is processed. Not told of answers that come whole at the end."""
 
-    def batch_ended(self, request: int, sequences: int, now: float, *, answered: bool = True) -> None:
-        """It ended, was taken back or failed. ``answered``: an engine has begun to answer it."""
+    def batch_ended(self, request: int, sequences: int, now: float, *, worked: bool = True) -> None:
+        """It ended, was taken back or failed. ``worked``: an engine has done it."""
 
     def batch_waits(self, waiting: bool, now: float) -> None:
         """Whether any batch request waits for this launch; told on change."""

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -573,3 +574,18 @@ def test_events_of_requests_it_does_not_know_change_nothing():
     assert budget.report(0).batch_sequences == 0
     assert budget.report(0).realtime_sequences == 0
     assert math.isfinite(budget.allowance(0))
+
+
+def test_answers_that_take_long_one_after_the_other_do_not_begin_a_pause_again_and_again():
+    budget, now = learnt()
+    run_batch(budget, now, 1, 50)  # never ends
+    paused = []
+    for _ in range(100):
+        budget.realtime_arrived(now)
+        budget.realtime_granted(1, 20, now)
+        budget.realtime_began(QUICK, now + QUICK)
+        paused.append(budget.allowance(now + 14) == 0)
+        budget.realtime_ended(1, now + 15)
+        now += 15.5
+    runs = [len(list(group)) for is_paused, group in itertools.groupby(paused) if is_paused]
+    assert runs == [7, 7], "given up after 120 s; for 600 s after that there is no other"

@@ -79,7 +79,7 @@ class Engine:
         ]
         for request in sorted(unbegun, reverse=True)[: self.budget.take_back(now)]:
             self.lost_s += now - self.running.pop(request)
-            self.budget.batch_ended(request, 1, now, answered=False)
+            self.budget.batch_ended(request, 1, now, worked=False)
             self.taken_back += 1
             self.again.append(self.times_back.pop(request) + 1)
 

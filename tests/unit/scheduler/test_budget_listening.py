@@ -90,14 +90,46 @@ def test_few_count_as_none_no_longer_than_it_listens():
 def test_batch_that_filled_the_engine_again_has_not_run_out():
     listening, _ = known()
     listening.arrived(PACE + 1, 50, 100)
-    listening.idle()
-    assert not listening.wants_silence(101)
-    listening.arrived(PACE + 1, 50, 150)
-    assert listening.until == 150 + PATIENCE_S
-    listening.ran_out(151)
+    listening.began(100)
+    listening.idle(110)
+    assert not listening.wants_silence(110)
+    listening.arrived(PACE + 1, 50, 110 + REST * 10 - 0.1)
+    assert not listening.wants_silence(110 + REST * 10 - 0.1)
+    listening.arrived(PACE + 1, 50, 160)
+    assert listening.until == 160 + PATIENCE_S
+    listening.ran_out(161)
     until = listening.until
-    listening.idle()
+    listening.idle(161)
     assert listening.until == until, "it is silent"
+
+
+def test_a_pause_that_was_given_up_is_paid_for_although_realtime_goes_idle():
+    listening, _ = known()
+    listening.arrived(PACE + 1, 50, 100)
+    listening.began(100)
+    listening.idle(100 + PATIENCE_S)
+    listening.arrived(PACE + 1, 50, 100 + PATIENCE_S * (1 + REST) - 1)
+    assert not listening.wants_silence(100 + PATIENCE_S * (1 + REST) - 1)
+
+
+def test_realtime_that_shows_no_first_byte_is_not_listened_to_again_because_it_went_idle():
+    listening = Listening(Baseline())
+    listening.arrived(None, 50, 0)
+    listening.idle(20)
+    listening.arrived(None, 50, 20)
+    assert not listening.wants_silence(20)
+    listening.began(21)
+    listening.arrived(None, 50, 21 + LISTEN_EVERY_S)
+    assert listening.wants_silence(21 + LISTEN_EVERY_S)
+
+
+def test_before_there_is_a_firm_baseline_it_listens_as_soon_as_realtime_is_back():
+    listening = Listening(Baseline())
+    listening.arrived(None, 50, 0)
+    listening.began(1)
+    listening.idle(20)
+    listening.arrived(None, 50, 20)
+    assert listening.until == 20 + PATIENCE_S
 
 
 def test_nothing_has_to_be_paid_for_before_the_second_hearing():

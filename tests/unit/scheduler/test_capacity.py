@@ -139,18 +139,17 @@ def test_d_realtime_that_waits_takes_the_youngest_batch_back() -> None:
     assert desk.order() == [older, realtime, younger]
 
 
-def test_d_the_budget_is_told_which_batch_requests_an_engine_answered() -> None:
+def test_d_the_budget_is_told_which_batch_requests_an_engine_has_done() -> None:
     desk = Desk(launch(slots=3))
     oldest, failed, youngest = (batch(desk, replayable=True) for _ in range(3))
     desk.ask()
     assert desk.revoked == [youngest]
     desk.again(youngest)
-    desk.begin(oldest)
     desk.done(oldest)
-    desk.done(failed)
+    desk.admission.done(failed, desk.now, worked=False)
     budget = desk.budgets[0]
     assert len(budget.of("batch_ended")) == 3
-    assert budget.of("batch_answered") == [budget.of("batch_ended")[1][:1]]
+    assert budget.of("batch_worked") == [budget.of("batch_ended")[1][:1]]
 
 
 def test_d_an_answer_that_shrinks_the_budget_takes_batch_back() -> None:
@@ -277,7 +276,7 @@ def test_the_budget_hears_each_event_once() -> None:
         ("realtime_ended", 1, 2.0),
         ("batch_granted", waiting, 1, 9, 2.0),
         ("batch_ended", waiting, 1, 3.0),
-        ("batch_answered", waiting),
+        ("batch_worked", waiting),
         ("batch_waits", False, 3.0),
         ("batch_granted", waiting + 1, 1, 0, 3.0),
     ]
