@@ -7,7 +7,7 @@ The allowance, the first case that applies (docs/scheduling.md has the reasons):
 
 1. realtime is idle                 -> up from the cap, twice as much every quarter of a second, to all but the reserve
 2. realtime is active, unknown yet  -> nothing, for some seconds, until its answers alone have been seen; and once more
-                                       soon after where they began later than known (``budget_baseline``)
+                                       after the first of all, or where they began later than known
 3. realtime is active               -> the least of
    a. what the engine's memory holds: less when its cache is nearly full or it preempts, slowly back up
    b. the slots that realtime and its reserve leave

@@ -33,6 +33,12 @@ def run_batch(budget: Budget, now: float, first: int, count: int) -> None:
         budget.batch_granted(request, 1, 100, now)
 
 
+def end_batch(budget: Budget, now: float, count: int) -> None:
+    """The first so many end."""
+    for request in range(1, count + 1):
+        budget.batch_ended(request, 1, now)
+
+
 # -- idle (1) -------------------------------------------------------------------------------------------------------
 
 
@@ -157,8 +163,7 @@ def test_realtime_at_another_pace_is_listened_to_anew(before_s, after_s):
         budget.report(now).reason == "Realtime is active and not known yet: batch pauses while its answers are timed."
     )
     assert budget.report(now).ttft_baseline_s == 2 * QUICK, "the old one is better than none"
-    for request in range(1, 4):
-        budget.batch_ended(request, 1, now)
+    end_batch(budget, now, 3)
     now = steady(budget, now + 1, after_s, 60, QUICK)
     assert budget.allowance(now) > 0
     assert budget.report(now).ttft_baseline_s == QUICK
@@ -170,8 +175,7 @@ def test_at_another_pace_a_later_baseline_counts_once_it_was_heard_twice(again, 
     now = steady(budget, 0, 0.5, 300, QUICK)
     run_batch(budget, now, 1, 3)
     now = until_it_listens(budget, now, 0.1, 2 * QUICK)
-    for request in range(1, 4):
-        budget.batch_ended(request, 1, now)
+    end_batch(budget, now, 3)
     now = steady(budget, now + 1, 0.1, 32, 2 * QUICK)
     assert budget.report(now).ttft_baseline_s == QUICK
     assert budget.allowance(now) > 0
@@ -199,8 +203,7 @@ def test_what_realtime_is_like_alone_is_heard_twice_and_the_earlier_counts(first
     now = until_it_listens(budget, now, 0.1, first_s)
     assert now < 15
     assert budget.take_back(now) == 3
-    for request in range(1, 4):
-        budget.batch_ended(request, 1, now)
+    end_batch(budget, now, 3)
     now = steady(budget, now + 1, 0.1, 33, second_s)
     assert budget.allowance(now) > 0
     assert budget.report(now).ttft_baseline_s == QUICK
@@ -230,8 +233,7 @@ def test_the_cap_is_judged_by_the_old_baseline_until_there_is_a_new_one():
     before = budget.allowance(now)
     assert before > 20
     now = until_it_listens(budget, now, 0.1, QUICK)
-    for request in range(1, 101):
-        budget.batch_ended(request, 1, now)
+    end_batch(budget, now, 100)
     now = steady(budget, now + 1, 0.1, 3, QUICK)  # not enough to go by
     run_batch(budget, now, 101, before)
     now = steady(budget, now, 0.1, 120, 3 * QUICK)
