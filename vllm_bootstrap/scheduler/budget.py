@@ -15,8 +15,8 @@ The allowance, the first case that applies (docs/scheduling.md has the reasons):
 
 Beside the number:
 
-4. pacing: while realtime is active one batch prompt is let in after the other, and not just before a realtime
-   answer begins (``budget_pacing``)
+4. pacing: while realtime is active one batch prompt is let in after the other, not just before a realtime answer
+   begins, and with rests where they make realtime late nevertheless (``budget_pacing``)
 5. taking back: while realtime is active, what runs beyond one and a half times the allowance
 6. the floor: batch has had too little of this minute -> one request may go although realtime waits (``budget_floor``)
 
@@ -43,6 +43,7 @@ PACE_WEIGHT, SHORTEST_GAP_S = 1 / 32, 0.001
 RAMP_S = 0.25
 _QUICKEST = math.log(SHORTEST_GAP_S)
 KV_FULL, KV_EASY = 0.95, 0.85
+TOLD_REST_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,9 @@ class Budget(BatchBudget):
         self._active_until = now + self._hold_s
         listening = self._listening
         listening.began(now)
+        usual_s = self._baseline.median_s
+        if usual_s is not None:
+            self._pacing.answered(now - ttft_s, ttft_s - usual_s, self._cap.is_late(ttft_s), now)
         if now >= listening.until:
             self._baseline.settle(now)
         if not listening.alone(self._batch, self._slots, now):
@@ -217,7 +221,9 @@ class Budget(BatchBudget):
         return full if steps >= 16 or not self._policy.cap else min(full, start * 2 ** int(steps))
 
     def paced_until(self, now: float) -> float | None:
-        return self._pacing.until(now) if self._policy.pacing and self._active(now) else None  # 4
+        if not self._policy.pacing or not self._active(now):
+            return None
+        return self._pacing.until(now, rest=not self.overdue(now))  # 4
 
     def take_back(self, now: float) -> int:
         if not self._active(now) or not self._policy.cap:
@@ -270,4 +276,6 @@ class Budget(BatchBudget):
             return "Realtime is active and leaves these slots."
         if allowance == top:
             return "Realtime is active, and the engine's memory holds no more batch."
+        if (rest_s := self._pacing.rest_s) >= TOLD_REST_S:
+            return f"Realtime is active, and batch prompts make it late: after each, batch rests for {rest_s:.0f} s."
         return "Realtime is active: batch is held to what its answers bear."

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 
 # Answers that make a hearing: needed, enough, and wanted. How many the baseline remembers, and for how long they are
 # believed when no other is heard.
@@ -59,6 +60,13 @@ class Baseline:
             self._conclude(now)
         elif self._wanted and not self._counts and len(self._heard) % MIN_SAMPLES == 0:
             self._judge(self._heard)
+
+    def too_late(self, earlier: Iterable[float], now: float) -> None:
+        """Answers have begun earlier than this says, although beside batch: that is a hearing, and a better one is
+        wanted at once."""
+        self._heard = deque(earlier, maxlen=BASELINE_SAMPLES)
+        self._conclude(now)
+        self.again_at = now
 
     def replace(self) -> None:
         """Realtime alone may not be any more what it was: what comes next is heard for a new baseline."""

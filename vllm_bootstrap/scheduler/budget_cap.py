@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections import deque
 
-from vllm_bootstrap.scheduler.budget_baseline import MIN_SAMPLES, Baseline, part
+from vllm_bootstrap.scheduler.budget_baseline import AGREE, GOOD_SAMPLES, MIN_SAMPLES, Baseline, part
 
 RECENT_SAMPLES = 40
 # Answers later than the latest ones alone times the factor are late; so many of the last ones are too many.
@@ -42,6 +42,7 @@ class Cap:
         self._late: deque[bool] = deque(maxlen=LATE_SAMPLES)
         self._ran = self._alone = 0
         self._told = 0
+        self._judged_by_s: float | None = None
         self._changed_at = -math.inf
         self._value: float | None = None
 
@@ -56,28 +57,40 @@ class Cap:
         """The middle of what it was like since the cap last moved."""
         return part(self._recent, 0.5) if self._recent else None
 
+    def is_late(self, ttft_s: float) -> bool:
+        """Whether an answer begins later than the latest ones alone may. There is a baseline."""
+        return ttft_s > self._factor * self.baseline.tail_s
+
     def beside(self, ttft_s: float, batch: int, ceiling: int, now: float) -> None:
         """A realtime answer began while ``batch`` sequences ran."""
         baseline = self.baseline
         if baseline.median_s is None or now - self._changed_at < SETTLE_S:
             return
+        if baseline.median_s != self._judged_by_s:
+            self._judged_by_s = baseline.median_s
+            self._recent.clear()
         self._recent.append(ttft_s)
-        self._late.append(ttft_s > self._factor * baseline.tail_s)
+        self._late.append(self.is_late(ttft_s))
         self._ran = max(self._ran, batch)
         self._told += 1
         if self._told % MIN_SAMPLES == 0 and len(self._recent) >= MIN_SAMPLES:
             self._judge(baseline.median_s, baseline.tail_s, ceiling, now)
 
     def _judge(self, median_s: float, tail_s: float, ceiling: int, now: float) -> None:
+        recent_s = part(self._recent, 0.5)
+        # Batch makes no answer earlier: then the baseline is wrong, and to be sure of that comes before growth.
+        wrong = recent_s < AGREE * median_s
+        if wrong and len(self._recent) >= GOOD_SAMPLES:
+            self.baseline.too_late(self._recent, now)
         room = (self._factor - 1) * min(tail_s, WIDEST * median_s)
-        used = (part(self._recent, 0.5) - median_s) / room if room > 0 else math.inf
+        used = (recent_s - median_s) / room if room > 0 else math.inf
         late = sum(self._late)
         cap = self.value(ceiling)
         if used > SHRINK_ABOVE or late >= LATE_ONES:
             # What ran may be less than the cap: then the cap was not what held it back.
             self._late.clear()
             self._move(min(cap, self._ran) * SHRINK_BY, now)
-        elif used < GROW_BELOW and late < LATE_ONES - 1 and self._ran >= cap:
+        elif used < GROW_BELOW and not wrong and late < LATE_ONES - 1 and self._ran >= cap:
             self._move(min(max(cap + 1, cap * GROW_BY), ceiling), now)
 
     def shrink(self, now: float) -> None:

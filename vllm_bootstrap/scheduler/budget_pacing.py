@@ -7,6 +7,13 @@ to, but does not wait for more than one of them: where there is always one, batc
 An answer that comes whole shows no first byte, so the end of its prompt is reckoned: tokens times the seconds a token
 took lately. The engine counts the seconds from a prompt's first step to its first token; where prompts overlap, that
 is more than each took, so the least of the last looks counts.
+
+A realtime request that comes while a batch prompt is processed waits for the end of it, or of the part that the engine
+takes at once. Where that is more than realtime bears, one prompt at a time is too many: then batch rests after each for
+a multiple of what it takes. That multiple follows realtime's answers alone, whatever the engine is: twice as much for
+each one that a prompt has made late, and for each other answer so much less that both even out where ``LATE_SHARE`` of
+all are made late. It does not depend on how well the time of a prompt is known. A prompt is only suspected where the
+answer before it was in time: else it is something else that makes them late.
 """
 
 from __future__ import annotations
@@ -21,6 +28,13 @@ FIRST_GUESS_S, LEAST_S, MOST_S = 1 / 4000, 1e-6, 1e-2
 LOOKS = 8
 # No prompt keeps the next one out for longer than this: an estimate of tokens can be far off.
 LONGEST_S = 5.0
+# What one answer in a hundred may be, less what is late for other reasons; and how the multiple moves.
+LATE_SHARE = 0.006
+STRETCH_BY = 2.0
+SHRINK_BY = STRETCH_BY**-LATE_SHARE
+LONGEST_REST_S = 60.0
+# Of the requests that come while a prompt is processed four in five come within so many times what it makes them late.
+IN_THE_WAY = 4.0
 
 
 class Pacing:
@@ -29,7 +43,10 @@ class Pacing:
     def __init__(self) -> None:
         self._looks: deque[float] = deque(maxlen=LOOKS)
         self._request: int | None = None
-        self._until = -math.inf
+        self._granted_at = self._until = -math.inf
+        self._took_s = 0.0
+        self._stretch = 1.0
+        self._late = self._suspect = False
         self._wanted_at: float | None = None
         self._begins_at, self._begins_in_s = -math.inf, 0.0
 
@@ -40,13 +57,31 @@ class Pacing:
 
     def granted(self, request: int, prompt_tokens: int, now: float) -> None:
         """A batch prompt goes to the engine; behind another one where that was let in for some other reason."""
-        self._request, self._wanted_at = request, None
-        self._until = max(now, self._until) + min(prompt_tokens * self.token_s, LONGEST_S)
+        self._request, self._wanted_at, self._granted_at = request, None, now
+        self._suspect = not self._late
+        self._took_s = min(prompt_tokens * self.token_s, LONGEST_S)
+        self._until = max(now, self._until) + self._took_s
 
     def over(self, request: int, now: float) -> None:
         """That prompt is done: its answer has begun, or it ended."""
         if request == self._request:
             self._request, self._until = None, min(self._until, now)
+
+    @property
+    def rest_s(self) -> float:
+        """How long no batch prompt comes after the last one."""
+        return min((self._stretch - 1) * self._took_s, LONGEST_REST_S)
+
+    def answered(self, sent_at: float, late_s: float, late: bool, now: float) -> None:
+        """A realtime answer began now, ``late_s`` later than is usual alone. ``late``: that is more than it bears."""
+        self._late = late
+        if now - self._granted_at > LONGEST_REST_S:  # there is no batch to learn from
+            return
+        if late and self._suspect and sent_at - self._granted_at <= max(self._took_s, IN_THE_WAY * late_s):
+            most = 1 + LONGEST_REST_S / max(self._took_s, LEAST_S)
+            self._stretch = min(self._stretch * STRETCH_BY, most)
+        else:
+            self._stretch = max(1.0, self._stretch * SHRINK_BY)
 
     def wanted(self, now: float) -> None:
         """A batch request ended, so that another may come."""
@@ -57,10 +92,11 @@ class Pacing:
         """A realtime prompt goes to the engine; its answer is expected to begin so much later."""
         self._begins_at, self._begins_in_s = now + begins_in_s, begins_in_s
 
-    def until(self, now: float) -> float | None:
-        """When the next may go; None: at once."""
-        since = self._until if self._wanted_at is None else max(self._until, self._wanted_at)
-        until = max(self._until, min(self._begins_at, since + self._begins_in_s))
+    def until(self, now: float, *, rest: bool = True) -> float | None:
+        """When the next may go; None: at once. ``rest``: whether batch rests after the last one."""
+        over_at = self._until + self.rest_s if rest else self._until
+        since = over_at if self._wanted_at is None else max(over_at, self._wanted_at)
+        until = max(over_at, min(self._begins_at, since + self._begins_in_s))
         return until if now < until else None
 
     def signals(self, before: EngineSignals, now: EngineSignals) -> None:

@@ -188,7 +188,7 @@ def test_at_another_pace_a_later_baseline_counts_once_it_was_heard_twice(again, 
     assert budget.report(now).ttft_baseline_s == counts_s
     run_batch(budget, now, 5, 1)
     for _ in range(1000):
-        now = steady(budget, now, 0.1, 1, QUICK)
+        now = steady(budget, now, 0.1, 1, counts_s)
         assert budget.allowance(now) > 0, "twice is enough"
 
 
@@ -452,6 +452,66 @@ def test_the_engine_says_how_long_prompts_take():
     assert budget.paced_until(now) == pytest.approx(now + 5.4), "an absurd estimate does not stop batch"
     budget.signals(EngineSignals(prompt_tokens=5, prefill_seconds_sum=0.5), now)  # the engine was started anew
     budget.signals(EngineSignals(), now)
+
+
+def rests(budget: Budget, now: float, prompts: int) -> float:
+    """Batch prompts with a realtime answer that each made late, and answers in time between them; returns the time
+    after the last late one."""
+    for request in range(1, prompts + 1):
+        now = steady(budget, now, 0.2, 1, QUICK)
+        while budget.paced_until(now) is not None:
+            now = steady(budget, now, 0.2, 1, QUICK)
+        budget.batch_granted(request, 1, 40, now)
+        now = steady(budget, now, 0.2, 1, 3 * QUICK)
+        budget.batch_ended(request, 1, now)
+    return now
+
+
+def test_where_batch_prompts_make_realtime_late_batch_rests_after_each_and_says_so():
+    budget, now = learnt()
+    now = rests(budget, now, 9)
+    assert budget.paced_until(now) == pytest.approx(now + 2**9 * 0.01, rel=0.2)
+    assert budget.report(now).reason == (
+        "Realtime is active, and batch prompts make it late: after each, batch rests for 5 s."
+    )
+    assert budget.paced_until(now + 2.5) is None, "realtime is idle"
+
+
+def test_no_rest_holds_back_what_batch_gets_in_any_case():
+    budget, now = learnt()
+    now = rests(budget, now, 20)
+    budget.realtime_granted(1, 20, now)  # it goes on for long
+    budget.batch_waits(True, now)
+    assert budget.paced_until(now + 56.9) is not None
+    assert budget.overdue(now + 57)
+    assert budget.paced_until(now + 57) is None
+
+
+def test_answers_beside_batch_that_begin_earlier_than_alone_show_that_this_was_heard_wrong():
+    budget = Budget(BudgetPolicy(), 128)
+    now = steady(budget, 0, 0.1, 300, 4 * QUICK)
+    before = budget.allowance(now)
+    run_batch(budget, now, 1, before)
+    now = steady(budget, now, 0.1, 16, 2 * QUICK)
+    assert budget.allowance(now) == before, "nothing grows on what is wrong"
+    assert budget.report(now).ttft_baseline_s == 4 * QUICK
+    now = steady(budget, now, 0.1, 24, 2 * QUICK)
+    assert budget.report(now).ttft_baseline_s == 2 * QUICK
+    assert budget.allowance(now) == 0, "and it is listened to"
+    end_batch(budget, now, before)
+    now = steady(budget, now + 1, 0.1, 33, QUICK)
+    assert budget.report(now).ttft_baseline_s == QUICK
+    assert budget.allowance(now) > 0
+
+
+def test_late_answers_count_also_where_the_others_begin_earlier_than_alone():
+    budget = Budget(BudgetPolicy(), 128)
+    now = steady(budget, 0, 0.1, 300, 4 * QUICK)
+    before = budget.allowance(now)
+    run_batch(budget, now, 1, before)
+    for ttft_s in (2 * QUICK, 2 * QUICK, 10 * QUICK) * 8:
+        now = steady(budget, now, 0.1, 1, ttft_s)
+    assert 0 < budget.allowance(now) < before
 
 
 # -- the engine -----------------------------------------------------------------------------------------------------

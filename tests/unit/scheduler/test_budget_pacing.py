@@ -1,0 +1,113 @@
+"""Batch rests after prompts that make realtime late: each number by hand, on the module alone."""
+
+import pytest
+
+from vllm_bootstrap.scheduler.budget_pacing import LATE_SHARE, LONGEST_REST_S, Pacing
+
+TOKENS, TOOK_S = 400, 0.1  # by the first guess
+LATE_S = 0.05
+
+
+def prompts(pacing: Pacing, count: int, *, late: bool = True, now: float = 0.0) -> float:
+    """Batch prompts, each with one answer of a request that came with it; returns when the last of them began."""
+    for request in range(count):
+        now = max(now, pacing.until(now) or now)
+        pacing.granted(request, TOKENS, now)
+        pacing.answered(now, LATE_S, late, now + LATE_S)
+        pacing.answered(now + 2 * TOOK_S, 0.0, False, now + 2 * TOOK_S)  # what comes after it is in time
+    return now
+
+
+def test_what_makes_nobody_late_needs_no_rest():
+    pacing = Pacing()
+    now = prompts(pacing, 100, late=False)
+    assert pacing.rest_s == 0
+    assert pacing.until(now) == pytest.approx(now + TOOK_S)
+
+
+def test_each_answer_that_a_prompt_made_late_doubles_the_time_until_the_next():
+    pacing = Pacing()
+    now = prompts(pacing, 3)
+    assert pacing.until(now) == pytest.approx(now + 8 * TOOK_S, rel=0.02)
+    assert pacing.rest_s == pytest.approx(7 * TOOK_S, rel=0.02)
+    assert pacing.until(now, rest=False) == pytest.approx(now + TOOK_S)
+
+
+def test_where_a_prompt_is_over_earlier_the_rest_begins_earlier():
+    pacing = Pacing()
+    now = prompts(pacing, 3)
+    pacing.over(2, now + 0.02)
+    assert pacing.until(now + 0.02) == pytest.approx(now + 0.02 + pacing.rest_s)
+    pacing.over(2, now + 0.5)
+    assert pacing.until(now + 0.02) == pytest.approx(now + 0.02 + pacing.rest_s), "it is over only once"
+
+
+def test_other_answers_take_back_what_late_ones_added_where_as_few_are_late_as_may_be():
+    pacing = Pacing()
+    now = prompts(pacing, 3)
+    before = pacing.rest_s
+    for _ in range(10):
+        pacing.granted(9, TOKENS, now)
+        pacing.answered(now, LATE_S, True, now + LATE_S)
+        for _ in range(round(1 / LATE_SHARE)):
+            pacing.answered(now, 0.0, False, now + TOOK_S)
+    assert pacing.rest_s == pytest.approx(before, rel=0.05)
+    for _ in range(3000):
+        pacing.answered(now, 0.0, False, now + TOOK_S)
+    assert pacing.rest_s == 0
+
+
+def test_a_prompt_is_not_suspected_where_answers_were_late_before_it():
+    pacing = Pacing()
+    pacing.answered(0.0, LATE_S, True, LATE_S)
+    pacing.granted(1, TOKENS, 0.1)
+    for _ in range(5):
+        pacing.answered(0.1, LATE_S, True, 0.15)
+    assert pacing.rest_s == 0
+    pacing.answered(0.2, 0.0, False, 0.2)
+    pacing.granted(2, TOKENS, 0.3)
+    pacing.answered(0.3, LATE_S, True, 0.35)
+    assert pacing.rest_s == pytest.approx(TOOK_S)
+
+
+@pytest.mark.parametrize(
+    ("sent_s", "late_s", "suspected"),
+    [
+        pytest.param(-0.02, 0.01, True, id="came before it and had not begun"),
+        pytest.param(0.09, 0.001, True, id="came while it is reckoned to be processed"),
+        pytest.param(0.3, 0.08, True, id="came after that but was made late by so much that it may be the cause"),
+        pytest.param(0.3, 0.07, False, id="came too long after it"),
+    ],
+)
+def test_a_prompt_is_suspected_where_it_may_have_been_in_the_way(sent_s, late_s, suspected):
+    pacing = Pacing()
+    pacing.granted(1, TOKENS, 10.0)
+    pacing.answered(10 + sent_s, late_s, True, 10.4)
+    assert (pacing.rest_s > 0) is suspected
+
+
+def test_no_rest_is_longer_than_a_minute_and_none_outgrows_that():
+    pacing = Pacing()
+    now = prompts(pacing, 50)
+    assert pacing.rest_s == pytest.approx(LONGEST_REST_S, rel=0.02)
+    for _ in range(round(2 / LATE_SHARE)):
+        pacing.answered(now, 0.0, False, now + 1)
+    assert pacing.rest_s == pytest.approx(LONGEST_REST_S / 4, rel=0.05)
+
+
+def test_without_batch_nothing_is_learnt():
+    pacing = Pacing()
+    pacing.answered(5.0, LATE_S, True, 5.05)
+    assert pacing.rest_s == 0
+    now = prompts(pacing, 5, now=10.0)
+    before = pacing.rest_s
+    for _ in range(1000):
+        pacing.answered(now + 100, 0.0, False, now + 100)
+    assert pacing.rest_s == before
+
+
+def test_an_engine_that_was_never_timed_and_prompts_without_tokens_divide_by_nothing():
+    pacing = Pacing()
+    pacing.granted(1, 0, 0.0)
+    pacing.answered(0.0, LATE_S, True, LATE_S)
+    assert pacing.rest_s == 0
