@@ -12,9 +12,10 @@ Realtime arrives at random (Poisson), at parts of the rate that the engine can j
 keeps more requests in flight than the engine has slots. *Batch only* is a second engine with its default flags, driven
 directly with as many requests at once as suit it best (searched first, then in turns with ours without realtime).
 
-Percentiles are of all rounds' answers together, throughputs the median of the rounds. What is far off anyway is
-measured in one round only. Each table says how many answers a percentile rests on, and how much of the machine
-processes took that have nothing to do with the bench. With ``--keep FILE`` it can be done in pieces.
+Percentiles are of all rounds' answers together, throughputs the median of the rounds; beside the p99 of all stands the
+median of what each round's is by the same round's *alone*. What is far off anyway is measured in one round only. Each
+table says how many answers a percentile rests on, how much of the machine processes took that have nothing to do with
+the bench, and how long a fixed piece of work took before and after. With ``--keep FILE`` it can be done in pieces.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from bench.cosched.engines import (
     simulator,
     tiny_model,
 )
-from bench.cosched.foreign import Foreign
+from bench.cosched.foreign import Foreign, fixed_work_ms
 from bench.cosched.load import Found, Work
 
 CONCURRENCIES = (64, 128, 192, 256)
@@ -59,7 +60,8 @@ IDLE = (7.0, 9.0, 7.0)
 ONCE = (6.0, 10.0, 5.0)
 LOADED = ((0.1, (4.0, 22.0, 1.5)), (0.3, (4.0, 12.0, 1.5)), (1.0, (4.0, 8.0, 1.5)))
 HEADS = ["realtime, part of capacity", "contender", "answers", "TTFT p50, ms", "TTFT p99, ms", "p99, times alone",
-         "token gap p50, ms", "token gap p99, ms", "realtime tokens/s", "batch tokens/s", "of batch only"]  # fmt: skip
+         "median of rounds", "token gap p50, ms", "token gap p99, ms", "realtime tokens/s", "batch tokens/s",
+         "of batch only", "fixed work, ms"]  # fmt: skip
 
 Times = tuple[float, float, float]
 
@@ -92,9 +94,12 @@ class Row:
     realtime: list[float] = field(default_factory=list)
     batch: list[float] = field(default_factory=list)
     foreign: list[float] = field(default_factory=list)
+    work_ms: list[float] = field(default_factory=list)
+    p99: list[float] = field(default_factory=list)
 
     def add(self, found: Found, seconds: float) -> None:
         self.ttft += found.ttft
+        self.p99.append(percentile(found.ttft, 99))
         self.gaps += found.gaps
         self.realtime.append(found.realtime_tokens / seconds)
         self.batch.append(found.batch_tokens / seconds)
@@ -115,6 +120,7 @@ class Bench:
         self.engine = f"simulator, {profile}" if profile else "vLLM, CPU build"
         self.rows: dict[tuple[float, str], Row] = {}
         self.best, self.best_at, self.capacity, self.foreign = 0.0, CONCURRENCIES[0], 0.0, 0.0
+        self.work_ms = 0.0
         self.roots: list[int] = []
         self.recall()
         self.began = time.monotonic()
@@ -212,7 +218,10 @@ class Bench:
         warmup, seconds, cooldown = self.times(IDLE)
         work = {"port": engines.default.port, "batch": count, "seed": seed, "seconds": seconds}
         ends = {"warmup_s": warmup, "cooldown_s": cooldown}
-        return self.load({**work, **ends, "batch_tokens": self.args.batch_tokens}).batch_tokens / seconds
+        return self.load({**work, **ends, **self.batch()}).batch_tokens / seconds
+
+    def batch(self) -> dict[str, object]:
+        return {"batch_tokens": self.args.batch_tokens, "batch_words": self.args.batch_words}
 
     def full(self, engines: Engines, clients: int) -> None:
         """What realtime alone can have."""
@@ -225,7 +234,7 @@ class Bench:
         row = self.rows.setdefault((part, contender.name), Row())
         if contender is BATCH_ONLY:
             row.batch.append(self.batch_rate(engines, self.best_at, number + 1))
-            row.foreign.append(self.foreign)
+            self.note(row)
             self.tell(f"batch only, {self.best_at} at once: {row.batch[-1]:.0f} tokens/s")
             return
         ours = engines.ours
@@ -236,10 +245,9 @@ class Bench:
         work["warmup_s"], seconds, work["cooldown_s"] = self.times(times)
         work["seconds"], work["batch"] = seconds, int(ours.slots * OVERLOAD) if contender.batch else 0
         work["realtime_headers"], work["batch_headers"] = _headers(contender)
-        work["batch_tokens"] = self.args.batch_tokens
-        found = self.load(work)
+        found = self.load(work | self.batch())
         row.add(found, seconds)
-        row.foreign.append(self.foreign)
+        self.note(row)
         refused = f", refused: {found.refused}" if found.refused else ""
         unanswered = f" ({found.unanswered} not begun)" if found.unanswered else ""
         self.tell(
@@ -248,11 +256,16 @@ class Bench:
             f"{row.batch[-1]:.0f} tokens/s{refused}{self.budget(ours) if contender.daemon else ''}"
         )
 
+    def note(self, row: Row) -> None:
+        """What the machine was like meanwhile."""
+        row.foreign.append(self.foreign)
+        row.work_ms.append(self.work_ms)
+
     def tell(self, line: str) -> None:
         passed = time.monotonic() - self.began
         rest = f", about {self.planned_s - self.done_s:.0f} s to go" if self.planned_s > self.done_s else ""
         foreign = f" ({self.foreign:.0%} of the machine went to others)" if self.foreign > NOISE else ""
-        print(f"[{passed:.0f} s{rest}] {line}{foreign}", flush=True)
+        print(f"[{passed:.0f} s{rest}, fixed work {self.work_ms:.0f} ms] {line}{foreign}", flush=True)
 
     def budget(self, ours: Ours) -> str:
         return f"\n    {json.dumps(ours.daemon.status(ours.launch_id).get('load'))}" if self.args.verbose else ""
@@ -261,11 +274,12 @@ class Bench:
         work = asdict(Work(**given))  # type: ignore[arg-type]
         pin = ["taskset", "-c", "0"] if CORES > 1 and shutil.which("taskset") else []
         command = [*shlex.split(self.args.prefix), *pin, sys.executable, "-m", "bench.cosched.load"]
+        before_ms = fixed_work_ms()
         with Foreign(self.roots) as foreign:
             output = subprocess.run(
                 command, input=json.dumps(work), capture_output=True, text=True, cwd=ROOT, check=False
             )
-        self.foreign = foreign.share
+        self.foreign, self.work_ms = foreign.share, (before_ms + fixed_work_ms()) / 2
         if output.returncode:
             raise SystemExit(output.stderr)
         found = Found(**json.loads(output.stdout))
@@ -286,11 +300,13 @@ class Bench:
             ms = [percentile(row.ttft, 50), p99, percentile(row.gaps, 50), percentile(row.gaps, 99)]
             shown = [f"{number * 1000:.1f}" if row.ttft else "" for number in ms]
             times = f"{p99 / percentile(alone.ttft, 99):.2f}" if alone else ""
+            each = [one / other for one, other in zip(row.p99, alone.p99, strict=False)] if alone else []
             batch = median(row.batch)
             share = f"{batch / best:.0%}" if best else ""
             lines.append([
-                f"{part:.0%}", name, f"{len(row.ttft)}" if part else "", *shown[:2], times, *shown[2:],
-                f"{median(row.realtime):.0f}" if part else "", *([f"{batch:.0f}", share] if batch else ["", ""]),
+                f"{part:.0%}", name, f"{len(row.ttft)}" if part else "", *shown[:2], times,
+                f"{median(each):.2f}" if each else "", *shown[2:], f"{median(row.realtime):.0f}" if part else "",
+                *([f"{batch:.0f}", share] if batch else ["", ""]), f"{median(row.work_ms):.0f}",
             ])  # fmt: skip
         return (
             f"\nEngine: {self.engine}. Batch only: {best:.0f} tokens/s with {self.best_at} at once. Realtime capacity: "
@@ -316,6 +332,9 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="measure so many times as long")
     parser.add_argument(
         "--batch-tokens", type=int, nargs=2, default=Work.batch_tokens, metavar=("LEAST", "MOST"), help="of its answers"
+    )
+    parser.add_argument(
+        "--batch-words", type=int, nargs=2, default=Work.batch_words, metavar=("LEAST", "MOST"), help="of its prompts"
     )
     parser.add_argument("--loads", type=float, nargs="*", default=[0, 0.05, 0.25, 0.5], help="parts of capacity")
     parser.add_argument("--levers", type=float, default=0.25, help="the load at which single levers are shown; 0: none")
