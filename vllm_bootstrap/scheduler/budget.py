@@ -147,7 +147,7 @@ class Budget(BatchBudget):
     def batch_granted(self, request: int, sequences: int, prompt_tokens: int, now: float) -> None:
         self._running[request] = now
         self._batch += sequences
-        self._pacing.granted(request, prompt_tokens, now)
+        self._pacing.granted(request, prompt_tokens, now, beside=self._active(now))
         self._floor.runs(running=True, now=now)
 
     def batch_began(self, request: int, now: float) -> None:
@@ -158,7 +158,7 @@ class Budget(BatchBudget):
         if granted_at is not None and worked:
             self._batch_took(now - granted_at)
         self._batch = max(0, self._batch - sequences)
-        self._pacing.over(request, now)
+        self._pacing.over(request, now, worked=worked)
         self._pacing.wanted(now)
         if not self._running:
             self._batch_over_at = now
@@ -276,6 +276,6 @@ class Budget(BatchBudget):
             return "Realtime is active and leaves these slots."
         if allowance == top:
             return "Realtime is active, and the engine's memory holds no more batch."
-        if (rest_s := self._pacing.rest_s) >= TOLD_REST_S:
+        if self._policy.pacing and (rest_s := self._pacing.rest_s) >= TOLD_REST_S:
             return f"Realtime is active, and batch prompts make it late: after each, batch rests for {rest_s:.0f} s."
         return "Realtime is active: batch is held to what its answers bear."

@@ -62,11 +62,12 @@ class Baseline:
             self._judge(self._heard)
 
     def too_late(self, earlier: Iterable[float], now: float) -> None:
-        """Answers have begun earlier than this says, although beside batch: that is a hearing, and a better one is
-        wanted at once."""
-        self._heard = deque(earlier, maxlen=BASELINE_SAMPLES)
-        self._conclude(now)
-        self.again_at = now
+        """Answers have begun earlier than this says, although beside batch: they count until there is a better hearing,
+        and that is wanted now."""
+        self._counts, self._later = deque(earlier, maxlen=BASELINE_SAMPLES), None
+        self._judge(self._counts)
+        if not self._wanted:
+            self.again_at = now
 
     def replace(self) -> None:
         """Realtime alone may not be any more what it was: what comes next is heard for a new baseline."""

@@ -28,6 +28,8 @@ GROW_BELOW, SHRINK_ABOVE = 0.12, 0.25
 GROW_BY, SHRINK_BY = 1.25, 0.75
 # After a change, sequences that were admitted before it still run.
 SETTLE_S = 0.5
+# Where answers differ much their median says little: so large a part of them has to be earlier than the middle alone.
+EARLIER = 0.8
 # How long a cap of nothing stays: until eight answers have begun without batch, within bounds.
 RECOVER_S, RECOVER_AT_MOST_S = 2.0, 60.0
 
@@ -66,7 +68,8 @@ class Cap:
         baseline = self.baseline
         if baseline.median_s is None or now - self._changed_at < SETTLE_S:
             return
-        if baseline.median_s != self._judged_by_s:
+        by_s = self._judged_by_s
+        if by_s is None or not AGREE * by_s <= baseline.median_s <= by_s / AGREE:
             self._judged_by_s = baseline.median_s
             self._recent.clear()
         self._recent.append(ttft_s)
@@ -79,7 +82,7 @@ class Cap:
     def _judge(self, median_s: float, tail_s: float, ceiling: int, now: float) -> None:
         recent_s = part(self._recent, 0.5)
         # Batch makes no answer earlier: then the baseline is wrong, and to be sure of that comes before growth.
-        wrong = recent_s < AGREE * median_s
+        wrong = recent_s < AGREE * median_s and part(self._recent, EARLIER) < median_s
         if wrong and len(self._recent) >= GOOD_SAMPLES:
             self.baseline.too_late(self._recent, now)
         room = (self._factor - 1) * min(tail_s, WIDEST * median_s)

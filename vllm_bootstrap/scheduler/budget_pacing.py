@@ -12,8 +12,9 @@ A realtime request that comes while a batch prompt is processed waits for the en
 takes at once. Where that is more than realtime bears, one prompt at a time is too many: then batch rests after each for
 a multiple of what it takes. That multiple follows realtime's answers alone, whatever the engine is: twice as much for
 each one that a prompt has made late, and for each other answer so much less that both even out where ``LATE_SHARE`` of
-all are made late. It does not depend on how well the time of a prompt is known. A prompt is only suspected where the
-answer before it was in time: else it is something else that makes them late.
+all are made late. It does not depend on how well the time of a prompt is known. A prompt is not suspected of an answer
+that was due before it came, nor where the answer before it was late, nor where it came while realtime was idle, with a
+hundred others: then something else makes them late.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ SHRINK_BY = STRETCH_BY**-LATE_SHARE
 LONGEST_REST_S = 60.0
 # Of the requests that come while a prompt is processed four in five come within so many times what it makes them late.
 IN_THE_WAY = 4.0
+# What was learnt so long ago is forgotten: realtime that shows no first byte would never unlearn it.
+FORGET_S = 600.0
 
 
 class Pacing:
@@ -47,6 +50,7 @@ class Pacing:
         self._took_s = 0.0
         self._stretch = 1.0
         self._late = self._suspect = False
+        self._answered_at = -math.inf
         self._wanted_at: float | None = None
         self._begins_at, self._begins_in_s = -math.inf, 0.0
 
@@ -55,17 +59,22 @@ class Pacing:
         """Seconds that a prompt token takes."""
         return min(self._looks, default=FIRST_GUESS_S)
 
-    def granted(self, request: int, prompt_tokens: int, now: float) -> None:
-        """A batch prompt goes to the engine; behind another one where that was let in for some other reason."""
+    def granted(self, request: int, prompt_tokens: int, now: float, *, beside: bool) -> None:
+        """A batch prompt goes to the engine; behind another one where that was let in for some other reason.
+        ``beside``: while realtime is active."""
         self._request, self._wanted_at, self._granted_at = request, None, now
-        self._suspect = not self._late
+        self._suspect = beside and not self._late
+        if now - self._answered_at > FORGET_S:
+            self._stretch = 1.0
         self._took_s = min(prompt_tokens * self.token_s, LONGEST_S)
         self._until = max(now, self._until) + self._took_s
 
-    def over(self, request: int, now: float) -> None:
-        """That prompt is done: its answer has begun, or it ended."""
+    def over(self, request: int, now: float, *, worked: bool = True) -> None:
+        """That prompt is done: its answer has begun, or it ended; not ``worked``: it was taken back before that."""
         if request == self._request:
             self._request, self._until = None, min(self._until, now)
+            if not worked:
+                self._took_s, self._suspect = 0.0, False
 
     @property
     def rest_s(self) -> float:
@@ -74,12 +83,13 @@ class Pacing:
 
     def answered(self, sent_at: float, late_s: float, late: bool, now: float) -> None:
         """A realtime answer began now, ``late_s`` later than is usual alone. ``late``: that is more than it bears."""
-        self._late = late
+        self._late, self._answered_at = late, now
         if now - self._granted_at > LONGEST_REST_S:  # there is no batch to learn from
             return
-        if late and self._suspect and sent_at - self._granted_at <= max(self._took_s, IN_THE_WAY * late_s):
+        in_the_way = sent_at - self._granted_at <= max(self._took_s, IN_THE_WAY * late_s)
+        if late and self._suspect and in_the_way and now - late_s >= self._granted_at:
             most = 1 + LONGEST_REST_S / max(self._took_s, LEAST_S)
-            self._stretch = min(self._stretch * STRETCH_BY, most)
+            self._stretch = max(self._stretch, min(self._stretch * STRETCH_BY, most))
         else:
             self._stretch = max(1.0, self._stretch * SHRINK_BY)
 

@@ -4,6 +4,7 @@ import math
 import pytest
 
 from vllm_bootstrap.scheduler.budget import Budget, BudgetPolicy
+from vllm_bootstrap.scheduler.budget_cap import Cap
 from vllm_bootstrap.scheduler.ports import EngineSignals
 
 QUICK = 0.010
@@ -502,6 +503,34 @@ def test_answers_beside_batch_that_begin_earlier_than_alone_show_that_this_was_h
     now = steady(budget, now + 1, 0.1, 33, QUICK)
     assert budget.report(now).ttft_baseline_s == QUICK
     assert budget.allowance(now) > 0
+
+
+def heard(*ttfts_s: float) -> Cap:
+    cap = Cap(1.5)
+    for ttft_s in ttfts_s * (64 // len(ttfts_s)):
+        cap.baseline.hear(ttft_s, 0)
+    return cap
+
+
+def test_answers_that_differ_much_do_not_show_that_realtime_was_heard_wrong():
+    cap = heard(QUICK, 5 * QUICK, 5 * QUICK)
+    before_s = cap.baseline.median_s
+    for number in range(64):  # more of them are early, by chance
+        cap.beside((QUICK, QUICK, 5 * QUICK)[number % 3], 3, 100, 1 + number)
+    assert cap.baseline.median_s == before_s
+    for number in range(64):
+        cap.beside(QUICK, 3, 100, 100 + number)
+    assert cap.baseline.median_s == QUICK
+
+
+def test_a_baseline_that_moves_by_little_is_no_other_to_judge_by():
+    cap = heard(QUICK)
+    before = cap.value(100)
+    for number in range(16):
+        cap.beside(2 * QUICK, 3, 100, 1 + number)
+        for _ in range(32):
+            cap.baseline.hear((1 + number / 100) * QUICK, 1 + number)
+    assert cap.value(100) < before
 
 
 def test_late_answers_count_also_where_the_others_begin_earlier_than_alone():

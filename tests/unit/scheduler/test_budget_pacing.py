@@ -12,7 +12,7 @@ def prompts(pacing: Pacing, count: int, *, late: bool = True, now: float = 0.0) 
     """Batch prompts, each with one answer of a request that came with it; returns when the last of them began."""
     for request in range(count):
         now = max(now, pacing.until(now) or now)
-        pacing.granted(request, TOKENS, now)
+        pacing.granted(request, TOKENS, now, beside=True)
         pacing.answered(now, LATE_S, late, now + LATE_S)
         pacing.answered(now + 2 * TOOK_S, 0.0, False, now + 2 * TOOK_S)  # what comes after it is in time
     return now
@@ -47,7 +47,7 @@ def test_other_answers_take_back_what_late_ones_added_where_as_few_are_late_as_m
     now = prompts(pacing, 3)
     before = pacing.rest_s
     for _ in range(10):
-        pacing.granted(9, TOKENS, now)
+        pacing.granted(9, TOKENS, now, beside=True)
         pacing.answered(now, LATE_S, True, now + LATE_S)
         for _ in range(round(1 / LATE_SHARE)):
             pacing.answered(now, 0.0, False, now + TOOK_S)
@@ -60,12 +60,12 @@ def test_other_answers_take_back_what_late_ones_added_where_as_few_are_late_as_m
 def test_a_prompt_is_not_suspected_where_answers_were_late_before_it():
     pacing = Pacing()
     pacing.answered(0.0, LATE_S, True, LATE_S)
-    pacing.granted(1, TOKENS, 0.1)
+    pacing.granted(1, TOKENS, 0.1, beside=True)
     for _ in range(5):
         pacing.answered(0.1, LATE_S, True, 0.15)
     assert pacing.rest_s == 0
     pacing.answered(0.2, 0.0, False, 0.2)
-    pacing.granted(2, TOKENS, 0.3)
+    pacing.granted(2, TOKENS, 0.3, beside=True)
     pacing.answered(0.3, LATE_S, True, 0.35)
     assert pacing.rest_s == pytest.approx(TOOK_S)
 
@@ -73,7 +73,8 @@ def test_a_prompt_is_not_suspected_where_answers_were_late_before_it():
 @pytest.mark.parametrize(
     ("sent_s", "late_s", "suspected"),
     [
-        pytest.param(-0.02, 0.01, True, id="came before it and had not begun"),
+        pytest.param(-0.02, 0.41, False, id="came before it and was late by then"),
+        pytest.param(-0.02, 0.39, True, id="came before it and was not late yet"),
         pytest.param(0.09, 0.001, True, id="came while it is reckoned to be processed"),
         pytest.param(0.3, 0.08, True, id="came after that but was made late by so much that it may be the cause"),
         pytest.param(0.3, 0.07, False, id="came too long after it"),
@@ -81,7 +82,7 @@ def test_a_prompt_is_not_suspected_where_answers_were_late_before_it():
 )
 def test_a_prompt_is_suspected_where_it_may_have_been_in_the_way(sent_s, late_s, suspected):
     pacing = Pacing()
-    pacing.granted(1, TOKENS, 10.0)
+    pacing.granted(1, TOKENS, 10.0, beside=True)
     pacing.answered(10 + sent_s, late_s, True, 10.4)
     assert (pacing.rest_s > 0) is suspected
 
@@ -108,6 +109,51 @@ def test_without_batch_nothing_is_learnt():
 
 def test_an_engine_that_was_never_timed_and_prompts_without_tokens_divide_by_nothing():
     pacing = Pacing()
-    pacing.granted(1, 0, 0.0)
+    pacing.granted(1, 0, 0.0, beside=True)
     pacing.answered(0.0, LATE_S, True, LATE_S)
+    assert pacing.rest_s == 0
+
+
+def test_a_prompt_is_not_suspected_that_came_while_realtime_was_idle_nor_one_that_was_taken_back():
+    pacing = Pacing()
+    pacing.granted(1, TOKENS, 0.0, beside=False)
+    pacing.answered(0.0, LATE_S, True, LATE_S)
+    pacing.answered(0.1, 0.0, False, 0.1)
+    pacing.granted(2, TOKENS, 0.2, beside=True)
+    pacing.over(2, 0.21, worked=False)
+    pacing.answered(0.2, LATE_S, True, 0.25)
+    assert pacing.rest_s == 0
+    pacing.answered(0.3, 0.0, False, 0.3)
+    prompts(pacing, 3, now=1.0)
+    assert pacing.rest_s > 0
+
+
+def test_what_was_taken_back_is_not_rested_after():
+    pacing = Pacing()
+    now = prompts(pacing, 5) + 100
+    pacing.granted(9, TOKENS, now, beside=True)
+    assert pacing.until(now) > now + TOOK_S
+    pacing.over(9, now, worked=False)
+    assert pacing.until(now) is None
+
+
+def test_a_prompt_that_would_rest_for_less_takes_nothing_back():
+    pacing = Pacing()
+    for request in range(20):
+        pacing.granted(request, 4, request, beside=True)
+        pacing.answered(request, LATE_S, True, request + LATE_S)
+        pacing.answered(request + 0.1, 0.0, False, request + 0.1)
+    pacing.granted(20, 20_000, 20.0, beside=True)
+    pacing.answered(20.0, LATE_S, True, 20 + LATE_S)
+    pacing.answered(20.1, 0.0, False, 20.1)
+    pacing.granted(21, 4, 30.0, beside=True)
+    assert pacing.rest_s > 30
+
+
+def test_after_ten_minutes_without_a_first_byte_of_realtime_it_is_forgotten():
+    pacing = Pacing()
+    now = prompts(pacing, 5)
+    pacing.granted(9, TOKENS, now + 590, beside=True)
+    assert pacing.rest_s > TOOK_S
+    pacing.granted(10, TOKENS, now + 610, beside=True)
     assert pacing.rest_s == 0
