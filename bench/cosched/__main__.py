@@ -199,7 +199,7 @@ class Bench:
         elif 0 in self.args.loads:
             default = stack.enter_context(default_vllm(home, Path(model)))
         ours = stack.enter_context(Ours(self.profile, home, QUEUE))
-        ours.launch(model)
+        ours.launch(model, extra_args=self.args.extra_args)
         self.roots = [ours.pid]
         return Engines(default, ours, {"port": default.port} if self.profile and default else ours.direct)
 
@@ -336,6 +336,7 @@ def main() -> None:
     parser.add_argument(
         "--batch-words", type=int, nargs=2, default=Work.batch_words, metavar=("LEAST", "MOST"), help="of its prompts"
     )
+    parser.add_argument("--extra-args", type=json.loads, default={}, help="of the launch of ours, as JSON")
     parser.add_argument("--loads", type=float, nargs="*", default=[0, 0.05, 0.25, 0.5], help="parts of capacity")
     parser.add_argument("--levers", type=float, default=0.25, help="the load at which single levers are shown; 0: none")
     parser.add_argument(

@@ -140,7 +140,8 @@ class Ours:
         body = {"model": model, "served_model_name": "tiny", "max_model_len": MAX_MODEL_LEN, **fields}
         if self._profile is not None:
             knobs, slots = {"profile": self._profile}, SIMULATOR_SLOTS[self._profile]
-            body |= {"engine": "simulator", "gpu_count": 1, "max_num_seqs": slots, "extra_args": knobs}
+            extra = {**body.get("extra_args", {}), **knobs}
+            body |= {"engine": "simulator", "gpu_count": 1, "max_num_seqs": slots, "extra_args": extra}
         answer = self.daemon.request("POST", "/launch", body)
         if answer.status != 201:
             raise SystemExit(answer.body.decode())

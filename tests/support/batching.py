@@ -23,13 +23,13 @@ def profile(**changed: Any) -> Profile:
 class Engine:
     """``notes``: (time, what, sequence) of everything that sinks were told."""
 
-    def __init__(self, *, slots=2, budget=100, blocks=100, caching=True, fcfs=False, **costs: Any) -> None:
+    def __init__(self, *, slots=2, budget=100, blocks=100, caching=True, fcfs=False, cut=0, **costs: Any) -> None:
         self.time, self.metrics = FakeTime(0.0), Metrics()
         self.blocks = Blocks(blocks, BLOCK, caching=caching)
         self.notes: list[tuple[float, str, Sequence]] = []
         self.batch = Batching(
             profile(**costs), slots=slots, budget=budget, blocks=self.blocks, metrics=self.metrics,
-            clock=self.time.now, call_later=self.time.call_later, fcfs=fcfs,
+            clock=self.time.now, call_later=self.time.call_later, fcfs=fcfs, cut=cut,
         )  # fmt: skip
 
     def on_token(self, sequence: Sequence) -> None:

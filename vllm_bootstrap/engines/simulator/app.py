@@ -87,6 +87,7 @@ class App:
             metrics=self.metrics,
             clock=clock,
             call_later=self.call_later,
+            cut=options.long_prefill_token_threshold,
             fcfs=options.scheduling_policy == "fcfs",
         )
 

@@ -28,8 +28,8 @@ MAX_LAG_S = 0.25
 
 
 class Batching:
-    """The engine. ``slots``: sequences that run at once; ``budget``: tokens of a step; ``fcfs``: the one admitted last
-    is preempted, whatever its priority."""
+    """The engine. ``slots``: sequences that run at once; ``budget``: tokens of a step; ``cut``: of one prompt in a
+    step, if it is not alone (0: no limit); ``fcfs``: the one admitted last is preempted, whatever its priority."""
 
     def __init__(
         self,
@@ -41,12 +41,14 @@ class Batching:
         metrics: Metrics,
         clock: Callable[[], float],
         call_later: Callable[[float, Callable[[], None]], Timer],
+        cut: int = 0,
         fcfs: bool = False,
     ) -> None:
         self.slots = slots
         self.dead: str | None = None
         self._profile = profile
         self._budget = budget
+        self._cut = cut or budget
         self._blocks = blocks
         self._metrics = metrics
         self._clock = clock
@@ -186,10 +188,11 @@ class Batching:
         with some left over from those before it, which take one token each from then on."""
         chunks: dict[Sequence, int] = {}
         left, preempted = self._budget, False
+        most = self._cut if len(self._running) + len(self._queue) > 1 else left
         for sequence in [*self._running]:
             if sequence.state == WAITING:  # preempted for one before it
                 continue
-            tokens = min(sequence.length - sequence.computed, left)
+            tokens = min(sequence.length - sequence.computed, left, most)
             while sequence.computed + tokens > sequence.room and not self._room(sequence, tokens):
                 victim = self._victim()
                 left += chunks.pop(victim, 0)
@@ -201,7 +204,7 @@ class Batching:
                 chunks[sequence] = tokens
                 left -= tokens
         if not preempted:
-            self._admit(chunks, left, now)
+            self._admit(chunks, left, most, now)
         return chunks
 
     def _room(self, sequence: Sequence, tokens: int) -> bool:
@@ -210,14 +213,14 @@ class Batching:
         self._blocks.remember(sequence, sequence.computed + tokens)
         return True
 
-    def _admit(self, chunks: dict[Sequence, int], left: int, now: float) -> None:
+    def _admit(self, chunks: dict[Sequence, int], left: int, most: int, now: float) -> None:
         while left > 0 and len(self._running) < self.slots and (sequence := self._queue.peek()) is not None:
             hits = self._blocks.hits(sequence)
             if not self._blocks.fits(sequence, hits):
                 return
             self._queue.pop()
             self._blocks.adopt(sequence, hits)
-            tokens = min(sequence.length - sequence.computed, left)
+            tokens = min(sequence.length - sequence.computed, left, most)
             self._room(sequence, tokens)
             self._running[sequence] = None
             sequence.state = PREFILL

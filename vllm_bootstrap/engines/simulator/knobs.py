@@ -55,6 +55,7 @@ class Options:
     gpu_memory_utilization: float = _vllm(0.9, "only shown")
     kv_cache_memory_bytes: int | None = _vllm(None, "only shown")
     max_num_batched_tokens: int | None = _vllm(None, "tokens of one step (with a profile; default: the profile's)")
+    long_prefill_token_threshold: int = _option(0, "of them for one prompt, unless it is all there is (0: no limit)")
     quantization: str | None = _vllm(None, "only shown")
     kv_cache_dtype: str = _vllm("auto", "only shown")
     revision: str | None = _vllm(None, "only shown")
@@ -219,6 +220,8 @@ def _check_profile(options: Options) -> None:
         raise ValueError(f"--profile {options.profile}: {exc}") from None
     if profile is None and options.num_gpu_blocks_override:
         raise ValueError("--num-gpu-blocks-override needs --profile")
+    if not 0 <= options.long_prefill_token_threshold <= options.context_length:
+        raise ValueError("--long-prefill-token-threshold must be between 0 and --max-model-len")
     if profile is not None and options.max_num_batched_tokens == 0:
         raise ValueError("--max-num-batched-tokens must be at least 1")
 

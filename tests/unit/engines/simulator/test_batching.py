@@ -48,6 +48,26 @@ def test_long_prompts_are_read_in_chunks_beside_the_decoding_ones():
     assert engine.metrics.histograms["iteration_tokens_total"].total == 2 + 25 + 7
 
 
+def test_a_long_prompt_is_cut_so_that_others_share_its_steps():
+    engine = Engine(slots=3, budget=10, cut=4)
+    decoding = engine.submit(prompt=2, total=8)
+    engine.run(1.5)
+    long = engine.submit(prompt=15, total=1)
+    engine.run(1)
+    late = engine.submit(prompt=4, total=1)
+    engine.run()
+    assert engine.times(late) == [4], "beside the long one's second part"
+    assert engine.times(long) == [6], "four a step"
+    assert engine.times(decoding) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_long_prompt_that_is_all_there_is_is_not_cut():
+    engine = Engine(budget=10, cut=4)
+    long = engine.submit(prompt=18, total=1)
+    engine.run()
+    assert engine.times(long) == [2]
+
+
 def test_the_budget_goes_to_running_prompts_before_waiting_ones():
     engine = Engine(budget=10)
     first, second = engine.submit(prompt=15, total=1), engine.submit(prompt=10, total=1)

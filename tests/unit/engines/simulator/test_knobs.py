@@ -34,6 +34,7 @@ def test_a_command_line_is_read():
         ["--die-at-boot=boredom"],
         ["--num-gpu-blocks-override=5"],
         ["--profile=h200-8b", "--max-num-batched-tokens=0"],
+        ["--max-model-len=100", "--long-prefill-token-threshold=101"],
     ],
 )
 def test_a_wrong_command_line_exits_with_2_as_vllm_does(wrong, capsys):
