@@ -193,7 +193,7 @@ class Bench:
 
     def start(self, stack: ExitStack, home: Path) -> Engines:
         default = None
-        model = "sim" if self.profile else str(tiny_model(home))
+        model = "sim" if self.profile else str(tiny_model(home, self.args.size))
         if self.profile:
             default = stack.enter_context(simulator(home, self.profile))
         elif 0 in self.args.loads:
@@ -336,6 +336,7 @@ def main() -> None:
     parser.add_argument(
         "--batch-words", type=int, nargs=2, default=Work.batch_words, metavar=("LEAST", "MOST"), help="of its prompts"
     )
+    parser.add_argument("--size", choices=["tiny", "small"], default="tiny", help="of the real engine's model")
     parser.add_argument("--extra-args", type=json.loads, default={}, help="of the launch of ours, as JSON")
     parser.add_argument("--loads", type=float, nargs="*", default=[0, 0.05, 0.25, 0.5], help="parts of capacity")
     parser.add_argument("--levers", type=float, default=0.25, help="the load at which single levers are shown; 0: none")

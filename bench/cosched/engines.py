@@ -32,10 +32,11 @@ CORES = os.cpu_count() or 1
 MODEL_CORE = {"VLLM_CPU_OMP_THREADS_BIND": "1"} if CORES > 1 else {}
 
 
-def tiny_model(folder: Path) -> Path:
-    """The tiny model of the tests, made on the spot."""
+def tiny_model(folder: Path, size: str = "tiny") -> Path:
+    """The tiny model of the tests, or its ``small`` sibling, made on the spot."""
     script = ROOT / "tests" / "vllm" / "make_tiny_model.py"
-    subprocess.run([ENGINE_ENV / "bin" / "python", script, folder / "tiny"], check=True, capture_output=True)
+    command = [ENGINE_ENV / "bin" / "python", script, folder / "tiny", "7", size]
+    subprocess.run(command, check=True, capture_output=True)
     return folder / "tiny"
 
 

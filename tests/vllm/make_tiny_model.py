@@ -2,9 +2,9 @@
 """Make a tiny random Llama with its own tokenizer, for tests against a real engine. Nothing is downloaded.
 
 Run it with the engine's interpreter (it needs torch, transformers and tokenizers): ``make_tiny_model.py OUTPUT_DIR``,
-with a number behind it for a model that answers otherwise. The result is deterministic: 2.4 million random parameters
-(9 MB), a byte-level BPE of 2,048 tokens trained on text that is generated here, and a chat template. Idempotent: an
-output directory that is complete is left as it is.
+with a number behind it for a model that answers otherwise, and behind that ``small`` for a larger one. The result is
+deterministic: 2.4 million random parameters (9 MB; ``small``: 8.7 million), a byte-level BPE of 2,048 tokens trained on
+text that is generated here, and a chat template. Idempotent: an output directory that is complete is left as it is.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 VOCABULARY = 2048
 POSITIONS = 2048
 DEFAULT_SEED = 7
+# Width, width of the feed-forward part, layers, heads.
+SIZES = {"tiny": (256, 512, 2, 4), "small": (384, 1024, 4, 6)}
 SPECIALS = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"
@@ -55,18 +57,19 @@ def make_tokenizer(out: Path) -> None:
     wrapped.save_pretrained(out)
 
 
-def make_model(out: Path, seed: int) -> None:
+def make_model(out: Path, seed: int, size: str) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
+    width, inner, layers, heads = SIZES[size]
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=POSITIONS,
         pad_token_id=0,
         bos_token_id=1,
@@ -77,15 +80,16 @@ def make_model(out: Path, seed: int) -> None:
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) not in (2, 3):
-        print("usage: make_tiny_model.py OUTPUT_DIR [SEED]", file=sys.stderr)
+    size = argv[3] if len(argv) == 4 else "tiny"
+    if len(argv) not in (2, 3, 4) or size not in SIZES:
+        print("usage: make_tiny_model.py OUTPUT_DIR [SEED [tiny|small]]", file=sys.stderr)
         return 2
-    out, seed = Path(argv[1]), int(argv[2]) if len(argv) == 3 else DEFAULT_SEED
+    out, seed = Path(argv[1]), int(argv[2]) if len(argv) > 2 else DEFAULT_SEED
     complete = out / ".complete"
     if not complete.exists():
         out.mkdir(parents=True, exist_ok=True)
         make_tokenizer(out)
-        make_model(out, seed)
+        make_model(out, seed, size)
         complete.touch()
     print(out)
     return 0

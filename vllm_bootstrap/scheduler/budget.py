@@ -74,6 +74,7 @@ class Budget(BatchBudget):
         self._slots = self._reserve = self._memory = 0
         self._realtime = self._batch = 0
         self._running: dict[int, float] = {}
+        self._waits = False
         self._batch_over_at = -math.inf
         self._arrived_at: float | None = None
         self._gap_s = 0.0
@@ -125,7 +126,8 @@ class Budget(BatchBudget):
         listening.began(now)
         usual_s = self._baseline.median_s
         if usual_s is not None:
-            self._pacing.answered(now - ttft_s, ttft_s - usual_s, self._cap.is_late(ttft_s), now)
+            batch = self._batch > 0 or self._waits
+            self._pacing.answered(now - ttft_s, ttft_s - usual_s, self._cap.is_late(ttft_s), now, batch=batch)
         if now >= listening.until:
             self._baseline.settle(now)
         if not listening.alone(self._batch, self._slots, now):
@@ -175,6 +177,7 @@ class Budget(BatchBudget):
             self._pauses = max(PAUSES, log(answer_s / gap_s / MISJUDGED))
 
     def batch_waits(self, waiting: bool, now: float) -> None:
+        self._waits = waiting
         self._floor.waits(waiting, now)
 
     # The engine

@@ -81,10 +81,11 @@ class Pacing:
         """How long no batch prompt comes after the last one."""
         return min((self._stretch - 1) * self._took_s, LONGEST_REST_S)
 
-    def answered(self, sent_at: float, late_s: float, late: bool, now: float) -> None:
-        """A realtime answer began now, ``late_s`` later than is usual alone. ``late``: that is more than it bears."""
+    def answered(self, sent_at: float, late_s: float, late: bool, now: float, *, batch: bool = True) -> None:
+        """A realtime answer began now, ``late_s`` later than is usual alone. ``late``: that is more than it bears.
+        ``batch``: there is any, running or waiting; else nothing is learnt."""
         self._late, self._answered_at = late, now
-        if now - self._granted_at > LONGEST_REST_S:  # there is no batch to learn from
+        if not batch:
             return
         in_the_way = sent_at - self._granted_at <= max(self._took_s, IN_THE_WAY * late_s)
         if late and self._suspect and in_the_way and now - late_s >= self._granted_at:

@@ -98,12 +98,12 @@ def test_no_rest_is_longer_than_a_minute_and_none_outgrows_that():
 
 def test_without_batch_nothing_is_learnt():
     pacing = Pacing()
-    pacing.answered(5.0, LATE_S, True, 5.05)
-    assert pacing.rest_s == 0
-    now = prompts(pacing, 5, now=10.0)
+    now = prompts(pacing, 5)
     before = pacing.rest_s
     for _ in range(1000):
-        pacing.answered(now + 100, 0.0, False, now + 100)
+        pacing.answered(now, 0.0, False, now, batch=False)
+    pacing.granted(9, TOKENS, now, beside=True)
+    pacing.answered(now, LATE_S, True, now + LATE_S, batch=False)
     assert pacing.rest_s == before
 
 
