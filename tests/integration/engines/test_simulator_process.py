@@ -297,6 +297,16 @@ def test_a_cache_too_small_for_one_request_ends_the_start_as_vllms_does():
     assert failure.failure_class == FailureClass.KV_CACHE_TOO_SMALL
 
 
+@pytest.mark.parametrize(("threshold", "whole"), [(0, 1), (8, 0)])
+def test_a_long_prompt_is_cut_beside_others_as_vllms_flag_does(threshold, whole):
+    with Simulator(profile="vllm-cpu-tiny", max_model_len=2000, long_prefill_token_threshold=threshold) as simulator:
+        connection, _ = open_stream(simulator)
+        assert simulator.complete(" ".join(f"w{number}" for number in range(40)), max_tokens=1).status == 200
+        steps = simulator.metric("iteration_tokens_total_count")
+        assert steps - simulator.metric("iteration_tokens_total_bucket", le="20.0") == whole
+        connection.close()
+
+
 def test_never_ready_stays_in_loading_and_can_be_stopped():
     with Simulator(never_ready=True, ready=False) as simulator:
         wait_for(lambda: "Starting to load model" in simulator.log)
