@@ -302,9 +302,10 @@ def test_a_long_prompt_is_cut_beside_others_as_vllms_flag_does(threshold, whole)
     with Simulator(profile="vllm-cpu-tiny", max_model_len=2000, long_prefill_token_threshold=threshold) as simulator:
         connection, _ = open_stream(simulator)
         assert simulator.complete(" ".join(f"w{number}" for number in range(40)), max_tokens=1).status == 200
+        connection.close()
+        wait_for(lambda: running(simulator) == 0)
         steps = simulator.metric("iteration_tokens_total_count")
         assert steps - simulator.metric("iteration_tokens_total_bucket", le="20.0") == whole
-        connection.close()
 
 
 def test_never_ready_stays_in_loading_and_can_be_stopped():
