@@ -226,7 +226,8 @@ class Budget(BatchBudget):
     def paced_until(self, now: float) -> float | None:
         if not self._policy.pacing or not self._active(now):
             return None
-        return self._pacing.until(now, rest=not self.overdue(now))  # 4
+        until = self._pacing.until(now)  # 4
+        return self._pacing.until(now, rest=False) if until is not None and self.overdue(now) else until
 
     def take_back(self, now: float) -> int:
         if not self._active(now) or not self._policy.cap:
