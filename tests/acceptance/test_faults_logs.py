@@ -88,7 +88,7 @@ def test_a_flood_stays_within_its_cap_and_a_tail_stays_live_over_rotation():
                 reached, seen = chunk["next_offset"], seen + 1
         connection.close()
         tail = daemon.request("GET", f"/logs/{launch_id}?tail=3").json()
-        assert tail["content"].count("\n") == 3
+        assert len(tail["content"].splitlines()) == 3  # the last may still be in the writing
         began = time.monotonic()
         assert daemon.request("POST", "/v1/completions", ASKED).status == 200
         assert daemon.request("GET", f"/status/{launch_id}").status == 200
