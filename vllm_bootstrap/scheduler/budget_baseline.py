@@ -18,11 +18,11 @@ from collections.abc import Iterable
 
 # Answers that make a hearing: needed, enough, and wanted. How many the baseline remembers, and for how long they are
 # believed when no other is heard.
-MIN_SAMPLES, ENOUGH_SAMPLES, GOOD_SAMPLES, BASELINE_SAMPLES, BASELINE_AGE_S = 8, 16, 32, 64, 300.0
+MIN_SAMPLES, ENOUGH_SAMPLES, GOOD_SAMPLES, BASELINE_SAMPLES, BASELINE_AGE_S = 8, 16, 32, 128, 300.0
 # Whatever made an engine slow in one hearing is over by the second.
 CONFIRM_S = 10.0
-# The latest answers: this part of them begins earlier.
-TAIL = 0.95
+# Of so many answers the latest is later than nineteen of twenty.
+BLOCK = 16
 # Two hearings whose medians differ by less than this agree.
 AGREE, LEAST_S = 0.85, 1e-6
 
@@ -106,11 +106,20 @@ class Baseline:
         self._judge(self._counts)
 
     def _judge(self, samples: deque[float]) -> None:
-        self.median_s, self.tail_s = part(samples, 0.5), part(samples, TAIL)
+        self.median_s, self.tail_s = part(samples, 0.5), _latest(samples)
 
 
 def _samples() -> deque[float]:
     return deque(maxlen=BASELINE_SAMPLES)
+
+
+def _latest(samples: deque[float]) -> float:
+    """What the latest twentieth takes: of sixteen the latest, in the middle of such. An engine that stood still for a
+    moment made several in a row late, which are all of a twentieth and yet only one of these."""
+    ordered = list(samples)
+    size = min(BLOCK, len(ordered))
+    latest = sorted(max(ordered[end - size : end]) for end in range(len(ordered), size - 1, -size))
+    return latest[(len(latest) - 1) // 2]
 
 
 def _of_two(first: deque[float], second: deque[float]) -> deque[float]:

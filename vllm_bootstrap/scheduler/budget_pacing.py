@@ -11,10 +11,12 @@ is more than each took, so the least of the last looks counts.
 A realtime request that comes while a batch prompt is processed waits for the end of it, or of the part that the engine
 takes at once. Where that is more than realtime bears, one prompt at a time is too many: then batch rests after each for
 a multiple of what it takes. That multiple follows realtime's answers alone, whatever the engine is: twice as much for
-each one that a prompt has made late, and for each other answer so much less that both even out where ``LATE_SHARE`` of
-all are made late. It does not depend on how well the time of a prompt is known. A prompt is not suspected of an answer
-that was due before it came, nor where the answer before it was late, nor where it came while realtime was idle, with a
-hundred others: then something else makes them late.
+a prompt that has made some late, and for each other answer so much less that both even out where ``LATE_SHARE`` of
+all are made late. It does not depend on how well the time of a prompt is known.
+
+Engines stand still for a moment for other reasons, and a dozen answers are late at once. So a dozen double the multiple
+once only, and keep it for longer: they have to be evened out before it falls, up to ``MOST_OWED``. And answers that are
+late where no prompt was in their way show how many that came after one are late by chance: they take some back.
 """
 
 from __future__ import annotations
@@ -29,10 +31,13 @@ FIRST_GUESS_S, LEAST_S, MOST_S = 1 / 4000, 1e-6, 1e-2
 LOOKS = 8
 # No prompt keeps the next one out for longer than this: an estimate of tokens can be far off.
 LONGEST_S = 5.0
-# What one answer in a hundred may be, less what is late for other reasons; and how the multiple moves.
+# What one answer in a hundred may be, less what is late for other reasons; and by what the multiple moves.
 LATE_SHARE = 0.006
 STRETCH_BY = 2.0
-SHRINK_BY = STRETCH_BY**-LATE_SHARE
+# In doublings: what an answer takes back that was late without a prompt in its way, and most that is kept in mind.
+ELSEWHERE, MOST_OWED = 0.25, 8.0
+# So many late answers, none in time between them, double once more: prompts that last longer than is known.
+RUN = 8
 LONGEST_REST_S = 60.0
 # Of the requests that come while a prompt is processed four in five come within so many times what it makes them late.
 IN_THE_WAY = 4.0
@@ -49,7 +54,9 @@ class Pacing:
         self._granted_at = self._until = -math.inf
         self._took_s = 0.0
         self._stretch = 1.0
-        self._late = self._suspect = False
+        self._suspect = self._blamed = False
+        # Doublings that are kept in mind, and late answers in a row.
+        self._owed, self._run = 0.0, 0
         self._answered_at = -math.inf
         self._wanted_at: float | None = None
         self._begins_at, self._begins_in_s = -math.inf, 0.0
@@ -63,9 +70,9 @@ class Pacing:
         """A batch prompt goes to the engine; behind another one where that was let in for some other reason.
         ``beside``: while realtime is active."""
         self._request, self._wanted_at, self._granted_at = request, None, now
-        self._suspect = beside and not self._late
+        self._suspect, self._blamed = beside, False
         if now - self._answered_at > FORGET_S:
-            self._stretch = 1.0
+            self._stretch, self._owed = 1.0, 0.0
         self._took_s = min(prompt_tokens * self.token_s, LONGEST_S)
         self._until = max(now, self._until) + self._took_s
 
@@ -84,15 +91,33 @@ class Pacing:
     def answered(self, sent_at: float, late_s: float, late: bool, now: float, *, batch: bool = True) -> None:
         """A realtime answer began now, ``late_s`` later than is usual alone. ``late``: that is more than it bears.
         ``batch``: there is any, running or waiting; else nothing is learnt."""
-        self._late, self._answered_at = late, now
+        self._answered_at = now
+        if not late:
+            self._run = 0
         if not batch:
             return
-        in_the_way = sent_at - self._granted_at <= max(self._took_s, IN_THE_WAY * late_s)
-        if late and self._suspect and in_the_way and now - late_s >= self._granted_at:
-            most = 1 + LONGEST_REST_S / max(self._took_s, LEAST_S)
-            self._stretch = max(self._stretch, min(self._stretch * STRETCH_BY, most))
-        else:
-            self._stretch = max(1.0, self._stretch * SHRINK_BY)
+        if not late:
+            self._forgive(LATE_SHARE)
+        elif sent_at - self._granted_at > max(self._took_s, IN_THE_WAY * late_s):
+            self._forgive(ELSEWHERE)
+        elif self._suspect and now - late_s >= self._granted_at:
+            self._blame()
+
+    def _blame(self) -> None:
+        """A prompt may have made this answer late."""
+        self._run += 1
+        if self._blamed or 1 < self._run < RUN:
+            self._owed = min(self._owed + 1, MOST_OWED)
+            return
+        self._blamed, self._run = True, 1
+        most = 1 + LONGEST_REST_S / max(self._took_s, LEAST_S)
+        self._stretch = max(self._stretch, min(self._stretch * STRETCH_BY, most))
+
+    def _forgive(self, doublings: float) -> None:
+        """This answer speaks for the prompts."""
+        paid = min(self._owed, doublings)
+        self._owed -= paid
+        self._stretch = max(1.0, self._stretch * STRETCH_BY ** (paid - doublings))
 
     def wanted(self, now: float) -> None:
         """A batch request ended, so that another may come."""

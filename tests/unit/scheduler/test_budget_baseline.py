@@ -143,8 +143,21 @@ def test_two_hearings_that_agree_count_both():
     baseline = made(EARLY)
     baseline.confirm()
     hear(baseline, 1.1 * EARLY, GOOD_SAMPLES, now=1)
-    assert (baseline.median_s, baseline.tail_s) == (1.1 * EARLY, 1.1 * EARLY)
+    assert (baseline.median_s, baseline.tail_s) == (1.1 * EARLY, EARLY), "two of the four sixteens had nothing later"
+    hear(baseline, 1.1 * EARLY, GOOD_SAMPLES, now=2)
+    assert baseline.tail_s == 1.1 * EARLY
     assert baseline.knows(1, 2 * GOOD_SAMPLES)
+
+
+def test_an_engine_that_stood_still_for_a_moment_does_not_count_as_what_the_latest_take():
+    baseline = Baseline()
+    for number in range(GOOD_SAMPLES):
+        baseline.hear(LATER if 18 <= number < 26 else EARLY, 0.0)  # a quarter of them, one after the other
+    assert (baseline.median_s, baseline.tail_s) == (EARLY, EARLY)
+    baseline = Baseline()
+    for number in range(GOOD_SAMPLES):
+        baseline.hear(LATER if number % 10 == 0 else EARLY, 0.0)  # a tenth, as ever
+    assert (baseline.median_s, baseline.tail_s) == (EARLY, LATER)
 
 
 def test_a_hearing_counts_once():

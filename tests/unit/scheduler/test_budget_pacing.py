@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_bootstrap.scheduler.budget_pacing import LATE_SHARE, LONGEST_REST_S, Pacing
+from vllm_bootstrap.scheduler.budget_pacing import LATE_SHARE, LONGEST_REST_S, MOST_OWED, RUN, Pacing
 
 TOKENS, TOOK_S = 400, 0.1  # by the first guess
 LATE_S = 0.05
@@ -57,17 +57,52 @@ def test_other_answers_take_back_what_late_ones_added_where_as_few_are_late_as_m
     assert pacing.rest_s == 0
 
 
-def test_a_prompt_is_not_suspected_where_answers_were_late_before_it():
+def test_a_dozen_late_answers_at_once_double_it_once_and_are_evened_out_before_it_falls():
     pacing = Pacing()
-    pacing.answered(0.0, LATE_S, True, LATE_S)
-    pacing.granted(1, TOKENS, 0.1, beside=True)
+    pacing.granted(1, TOKENS, 0.0, beside=True)
     for _ in range(5):
-        pacing.answered(0.1, LATE_S, True, 0.15)
-    assert pacing.rest_s == 0
-    pacing.answered(0.2, 0.0, False, 0.2)
-    pacing.granted(2, TOKENS, 0.3, beside=True)
-    pacing.answered(0.3, LATE_S, True, 0.35)
+        pacing.answered(0.0, LATE_S, True, LATE_S)
     assert pacing.rest_s == pytest.approx(TOOK_S)
+    for _ in range(round(4 / LATE_SHARE)):
+        pacing.answered(1.0, 0.0, False, 1.0)
+    assert pacing.rest_s == pytest.approx(TOOK_S, rel=0.05)
+    for _ in range(round(1 / LATE_SHARE)):
+        pacing.answered(1.0, 0.0, False, 1.0)
+    assert pacing.rest_s == pytest.approx(0, abs=0.05 * TOOK_S)
+
+
+def test_most_of_what_is_to_be_evened_out_is_bounded():
+    pacing = Pacing()
+    pacing.granted(1, TOKENS, 0.0, beside=True)
+    for _ in range(1000):
+        pacing.answered(0.0, LATE_S, True, LATE_S)
+    for _ in range(round((MOST_OWED + 1) / LATE_SHARE) + 1):
+        pacing.answered(1.0, 0.0, False, 1.0)
+    assert pacing.rest_s == 0
+
+
+def test_where_none_is_in_time_each_eighth_late_answer_doubles_it_however_many_prompts_go():
+    pacing = Pacing()
+    for request in range(RUN):
+        assert pacing.rest_s == (TOOK_S if request else 0)
+        pacing.granted(request, TOKENS, float(request), beside=True)
+        pacing.answered(float(request), LATE_S, True, request + 2 * LATE_S)
+    assert pacing.rest_s == pytest.approx(3 * TOOK_S)
+    pacing.answered(9.0, 0.0, False, 9.0, batch=False)
+    pacing.granted(9, TOKENS, 9.0, beside=True)
+    pacing.answered(9.0, LATE_S, True, 9 + 2 * LATE_S)
+    assert pacing.rest_s == pytest.approx(7 * TOOK_S)
+
+
+def test_what_is_late_without_a_prompt_in_its_way_takes_back_what_others_added_by_chance():
+    pacing = Pacing()
+    now = prompts(pacing, 3)
+    for _ in range(4):
+        pacing.answered(now + 1, LATE_S, True, now + 1 + LATE_S)
+    assert pacing.rest_s == pytest.approx(3 * TOOK_S, rel=0.02), "four of them, one doubling"
+    for _ in range(100):
+        pacing.answered(now + 1, LATE_S, True, now + 1 + LATE_S)
+    assert pacing.rest_s == 0
 
 
 @pytest.mark.parametrize(
