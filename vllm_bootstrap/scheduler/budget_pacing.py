@@ -15,8 +15,9 @@ a prompt that has made some late, and for each other answer so much less that bo
 all are made late. It does not depend on how well the time of a prompt is known.
 
 Engines stand still for a moment for other reasons, and a dozen answers are late at once. So a dozen double the multiple
-once only, and keep it for longer: they have to be evened out before it falls, up to ``MOST_OWED``. And answers that are
-late where no prompt was in their way show how many that came after one are late by chance: they take some back.
+once only, and keep it for longer: they have to be evened out before it falls, up to ``MOST_OWED``. And an answer that
+is late where no prompt was in its way shows that some that came after one are late by chance: the first since the last
+prompt takes a part of a doubling back.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ LONGEST_S = 5.0
 LATE_SHARE = 0.006
 STRETCH_BY = 2.0
 # In doublings: what an answer takes back that was late without a prompt in its way, and most that is kept in mind.
-ELSEWHERE, MOST_OWED = 0.25, 8.0
+ELSEWHERE, MOST_OWED = 0.25, 4.0
 # So many late answers, none in time between them, double once more: prompts that last longer than is known.
 RUN = 8
 LONGEST_REST_S = 60.0
@@ -54,7 +55,7 @@ class Pacing:
         self._granted_at = self._until = -math.inf
         self._took_s = 0.0
         self._stretch = 1.0
-        self._suspect = self._blamed = False
+        self._suspect = self._blamed = self._excused = False
         # Doublings that are kept in mind, and late answers in a row.
         self._owed, self._run = 0.0, 0
         self._answered_at = -math.inf
@@ -70,9 +71,9 @@ class Pacing:
         """A batch prompt goes to the engine; behind another one where that was let in for some other reason.
         ``beside``: while realtime is active."""
         self._request, self._wanted_at, self._granted_at = request, None, now
-        self._suspect, self._blamed = beside, False
+        self._suspect, self._blamed, self._excused = beside, False, False
         if now - self._answered_at > FORGET_S:
-            self._stretch, self._owed = 1.0, 0.0
+            self._stretch, self._owed, self._run = 1.0, 0.0, 0
         self._took_s = min(prompt_tokens * self.token_s, LONGEST_S)
         self._until = max(now, self._until) + self._took_s
 
@@ -99,7 +100,9 @@ class Pacing:
         if not late:
             self._forgive(LATE_SHARE)
         elif sent_at - self._granted_at > max(self._took_s, IN_THE_WAY * late_s):
-            self._forgive(ELSEWHERE)
+            # Once for each prompt: where it lasts longer than is known, those it makes late seem to come after it.
+            self._forgive(LATE_SHARE if self._excused else ELSEWHERE)
+            self._excused = True
         elif self._suspect and now - late_s >= self._granted_at:
             self._blame()
 

@@ -289,5 +289,5 @@ def test_an_engine_that_stands_still_now_and_then_makes_batch_neither_starve_nor
         counts[some] = sum(engine.mean_batch(60, 240) for engine in engines) / len(engines)
         late = [ttft > 1.5 * 1.345 * ALONE_S for engine in engines for at, ttft, _ in engine.seen if at >= 60]
         tails[some] = sum(late) / len(late)
-    assert counts[stalls] >= 0.3 * counts[quiet], "0.4 to 1.5"
-    assert tails[stalls] <= stalls[1] / stalls[0] + tails[quiet] + 0.01, "0.5 to 0.7 of a hundredth below that"
+    assert counts[stalls] >= 0.3 * counts[quiet], "0.45 to 1.2"
+    assert tails[stalls] <= stalls[1] / stalls[0] + tails[quiet] + 0.01, "0.4 to 1.4 hundredths below that"

@@ -97,12 +97,18 @@ def test_where_none_is_in_time_each_eighth_late_answer_doubles_it_however_many_p
 def test_what_is_late_without_a_prompt_in_its_way_takes_back_what_others_added_by_chance():
     pacing = Pacing()
     now = prompts(pacing, 3)
-    for _ in range(4):
+    for request in range(4):
+        pacing.granted(10 + request, TOKENS, now + request, beside=True)
+        pacing.answered(now + request + 0.5, LATE_S, True, now + request + 0.6)
+    assert pacing.rest_s == pytest.approx(3 * TOOK_S, rel=0.02), "four prompts, one doubling"
+
+
+def test_it_takes_something_back_once_for_each_prompt_for_that_may_last_longer_than_is_known():
+    pacing = Pacing()
+    now = prompts(pacing, 3)
+    for _ in range(8):
         pacing.answered(now + 1, LATE_S, True, now + 1 + LATE_S)
-    assert pacing.rest_s == pytest.approx(3 * TOOK_S, rel=0.02), "four of them, one doubling"
-    for _ in range(100):
-        pacing.answered(now + 1, LATE_S, True, now + 1 + LATE_S)
-    assert pacing.rest_s == 0
+    assert pacing.rest_s == pytest.approx((2 ** (3 - 0.25) - 1) * TOOK_S, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +194,11 @@ def test_a_prompt_that_would_rest_for_less_takes_nothing_back():
 def test_after_ten_minutes_without_a_first_byte_of_realtime_it_is_forgotten():
     pacing = Pacing()
     now = prompts(pacing, 5)
+    pacing.granted(8, TOKENS, now, beside=True)
+    pacing.answered(now, LATE_S, True, now)
     pacing.granted(9, TOKENS, now + 590, beside=True)
     assert pacing.rest_s > TOOK_S
     pacing.granted(10, TOKENS, now + 610, beside=True)
     assert pacing.rest_s == 0
+    pacing.answered(now + 610, LATE_S, True, now + 610.1)
+    assert pacing.rest_s == pytest.approx(TOOK_S), "also how many were late before"
