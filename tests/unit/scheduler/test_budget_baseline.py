@@ -189,3 +189,14 @@ def test_a_short_hearing_goes_on_until_it_is_not_too_short():
     hear(baseline, LATER, MIN_SAMPLES, now=71)
     baseline.settle(71)
     assert baseline.median_s == EARLY, "answers that nobody asked for are heard until there are many"
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_earlier_answers_beside_batch_count_and_want_a_hearing_unless_one_is_under_way(wanted):
+    baseline = made(LATER)
+    if wanted:
+        baseline.confirm()
+    before = baseline.again_at
+    baseline.too_late([EARLY] * GOOD_SAMPLES, now=5.0)
+    assert baseline.median_s == baseline.tail_s == EARLY
+    assert baseline.again_at == (before if wanted else 5.0)
