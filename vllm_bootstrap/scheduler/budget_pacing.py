@@ -37,7 +37,8 @@ LATE_SHARE = 0.006
 STRETCH_BY = 2.0
 # In doublings: what an answer takes back that was late without a prompt in its way, and most that is kept in mind.
 ELSEWHERE, MOST_OWED = 0.25, 4.0
-# So many late answers, none in time between them, double once more: prompts that last longer than is known.
+# The eighth late answer from the last that doubled it, none in time between them, doubles it once more: prompts that
+# last longer than is known.
 RUN = 8
 LONGEST_REST_S = 60.0
 # Of the requests that come while a prompt is processed four in five come within so many times what it makes them late.

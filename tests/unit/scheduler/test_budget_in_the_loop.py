@@ -290,4 +290,4 @@ def test_an_engine_that_stands_still_now_and_then_makes_batch_neither_starve_nor
         late = [ttft > 1.5 * 1.345 * ALONE_S for engine in engines for at, ttft, _ in engine.seen if at >= 60]
         tails[some] = sum(late) / len(late)
     assert counts[stalls] >= 0.3 * counts[quiet], "0.45 to 1.2"
-    assert tails[stalls] <= stalls[1] / stalls[0] + tails[quiet] + 0.01, "0.4 to 1.4 hundredths below that"
+    assert tails[stalls] <= stalls[1] / stalls[0] + tails[quiet] + 0.01, "1.0 to 1.4 hundredths below that"

@@ -81,7 +81,7 @@ def test_most_of_what_is_to_be_evened_out_is_bounded():
     assert pacing.rest_s == 0
 
 
-def test_where_none_is_in_time_each_eighth_late_answer_doubles_it_however_many_prompts_go():
+def test_where_none_is_in_time_only_each_seventh_further_late_answer_doubles_it():
     pacing = Pacing()
     for request in range(RUN):
         assert pacing.rest_s == (TOOK_S if request else 0)
@@ -195,7 +195,7 @@ def test_after_ten_minutes_without_a_first_byte_of_realtime_it_is_forgotten():
     pacing = Pacing()
     now = prompts(pacing, 5)
     pacing.granted(8, TOKENS, now, beside=True)
-    pacing.answered(now, LATE_S, True, now)
+    pacing.answered(now, LATE_S, True, now + 2 * LATE_S)
     pacing.granted(9, TOKENS, now + 590, beside=True)
     assert pacing.rest_s > TOOK_S
     pacing.granted(10, TOKENS, now + 610, beside=True)
