@@ -26,6 +26,7 @@ Every arriving request meets exactly one of these:
 6. a place is free and nobody waits for it before         -> Grant
 7. its turn comes before all that wait                    -> Grant
 8. the model's queue is full                              -> QueueFull, for the youngest batch ones if it is realtime
+                                                             (a batch request may wait if no other of batch does)
 9. otherwise it waits
 
 A launch with room asks, whenever something changes:
@@ -263,7 +264,8 @@ class Admission(Questions):
         if request is None or request.launch is None:
             return
         launch = self._dispatcher.stop(request, now, worked=worked)
-        request.lane.shelf.pace.finished(now)
+        if worked:
+            request.lane.shelf.pace.finished(now)
         self._end(request, now, worked=worked)
         waiting = launch.waiting
         if waiting["realtime"] or waiting["batch"]:

@@ -236,14 +236,14 @@ class Budget(BatchBudget):
         return max(0, self._batch - allowance - allowance // 2)  # 5
 
     def overdue(self, now: float) -> bool:
-        due = self._floor.due_at(now)
+        due = self._floor.due_at
         return due is not None and now >= due  # 6
 
     def promoted(self, now: float) -> None:  # noqa: ARG002
         self._promotions += 1
 
     def next_change(self, now: float) -> float | None:
-        times = [self._floor.due_at(now), self.paced_until(now)]
+        times = [self._floor.due_at, self.paced_until(now)]
         if not self._active(now):
             if self.allowance(now) < self._top:
                 grows = self._active_until + RAMP_S * (int((now - self._active_until) / RAMP_S) + 1)

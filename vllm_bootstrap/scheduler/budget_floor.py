@@ -1,8 +1,10 @@
 """The least that batch gets. PURE.
 
-Invariant: in every minute in which batch waits throughout and its due requests are started, at least one batch request
-runs for ``share`` of that minute. What batch gets anyway counts; the rest falls due at the minute's end, so that the
-floor costs realtime nothing as long as batch gets along. Where no slot came free by then it stays due until one does.
+Invariant: a batch request that waits is due before batch has gone without a minute, and while batch waits all the time
+and its due requests are started, batch runs for ``share`` of it. While it waits or runs it is owed ``share`` of the
+time; what runs pays that off, whether it was due or not, so that the floor costs realtime nothing as long as batch gets
+along. Never is more owed than a minute's share: then it is due, and stays so until one runs. A queue of batch that is
+empty for a moment forgets nothing; one that is empty for a minute forgets all.
 """
 
 from __future__ import annotations
@@ -14,46 +16,36 @@ class Floor:
     """``share``: a part of each minute, from 0 to 1."""
 
     def __init__(self, share: float) -> None:
-        self._wanted_s = share * WINDOW_S
-        self._window: float | None = None
-        self._busy_s = 0.0
-        self._since: float | None = None
-        self._owed = False
-
-    def waits(self, waiting: bool, now: float) -> None:
-        """Whether any batch request waits."""
-        if not waiting:
-            self._window, self._owed = None, False
-        elif self._window is None:
-            self._window, self._busy_s = now, 0.0
-            self._since = None if self._since is None else now
-
-    def runs(self, running: bool, now: float) -> None:
-        """Whether any batch request runs."""
-        self._roll(now)
-        if running and self._since is None:
-            self._since, self._owed = now, False
-        elif not running and self._since is not None:
-            self._busy_s += max(0.0, now - self._since)
-            self._since = None
-
-    def due_at(self, now: float) -> float | None:
+        self._share, self._most_s = share, share * WINDOW_S
+        self._owed_s = self._at = 0.0
+        self._waits = self._runs = False
+        self.due_at: float | None = None
         """When a batch request must start for the floor's sake: now or earlier means that it is overdue. None: it need
         not, because one runs, none waits, or there is no floor."""
-        self._roll(now)
-        if self._window is None or self._since is not None or self._wanted_s <= 0:
-            return None
-        if self._owed:
-            return self._window
-        missing = self._wanted_s - self._busy_s
-        end = self._window + WINDOW_S
-        return end - missing if missing > 0 else end + WINDOW_S - self._wanted_s
 
-    def _roll(self, now: float) -> None:
-        """Begin the next minute, or as many as have gone by."""
-        if self._window is None or now < self._window + WINDOW_S:
-            return
-        self._owed = self._owed or (self._since is None and self._busy_s < self._wanted_s)
-        self._window += WINDOW_S * ((now - self._window) // WINDOW_S)
-        self._busy_s = 0.0
-        self._since = None if self._since is None else max(self._since, self._window)
+    def waits(self, waiting: bool, now: float) -> None:
+        """Whether any batch request waits. Idempotent."""
+        if waiting is not self._waits:
+            self._settle(now)
+            self._waits = waiting
+            self._plan(now)
+
+    def runs(self, running: bool, now: float) -> None:
+        """Whether any batch request runs. Idempotent."""
+        if running is not self._runs:
+            self._settle(now)
+            self._runs = running
+            self._plan(now)
+
+    def _settle(self, now: float) -> None:
+        """What is owed by now, at the rates that held until now."""
+        passed = max(0.0, now - self._at)
+        owed = self._owed_s + passed * (self._share if self._waits or self._runs else -self._share)
+        if self._runs:
+            owed -= passed
+        self._owed_s = min(self._most_s, max(0.0, owed))
+        self._at = max(now, self._at)
+
+    def _plan(self, now: float) -> None:
+        due = self._share > 0 and self._waits and not self._runs
+        self.due_at = now + (self._most_s - self._owed_s) / self._share if due else None

@@ -35,7 +35,7 @@ class Dispatcher:
     # Waiting
 
     def queue(self, request: Request, now: float) -> Grant | None:
-        """``request`` waits, or gets a place if its turn comes before all that do (6)."""
+        """``request`` waits, or gets a place if its turn comes before all that do (7)."""
         ticket, lane = request.ticket, request.lane
         self.lines.add(request)
         lane.shelf.add(request)
@@ -64,7 +64,7 @@ class Dispatcher:
     # Running
 
     def free_launch(self, request: Request, now: float) -> Launch | None:
-        """The least busy launch that could take an arriving request at once because nobody comes before it (5)."""
+        """The least busy launch that could take an arriving request at once because nobody comes before it (6)."""
         best: Launch | None = None
         realtime = request.ticket.cls == "realtime"
         for launch in request.lane.launches:

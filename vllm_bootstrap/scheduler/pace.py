@@ -1,7 +1,7 @@
 """How fast requests of one served model have finished lately, and so how long a queue takes to clear. PURE.
 
-Invariant: a wait that is told rests on requests that finished within the last minute; where there are none, a fixed
-guess is told. Recording costs one append. Time is an input.
+Invariant: a wait that is told rests on requests that were worked on and finished within the last minute; where there
+are none, a fixed guess is told. Recording costs one append. Time is an input.
 """
 
 from __future__ import annotations

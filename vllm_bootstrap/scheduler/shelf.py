@@ -1,7 +1,8 @@
 """What waits and runs for one served model, and how much may wait. PURE.
 
 Invariant: no more requests wait than ``QueueBounds`` allows, nor do their bodies hold more bytes; only requests that
-come back after they had a place go beyond it. Nothing here knows launches, keys or clocks.
+come back after they had a place go beyond it, and a batch request of which there is no other: without one that waits,
+batch would not get its floor while realtime fills the queue. Nothing here knows launches, keys or clocks.
 """
 
 from __future__ import annotations
@@ -64,8 +65,11 @@ class Shelf:
         return self._batch[next(reversed(self._batch))]
 
     def over(self, bounds: QueueBounds) -> bool:
-        """Whether too much waits."""
-        return self.depth > bounds.requests or self.body_bytes > bounds.body_bytes
+        """Whether too much waits. A single batch request does not count, unless its body alone is too much."""
+        depth, held = self.depth, self.body_bytes
+        if self.waiting["batch"] == 1 and self._batch_bytes <= bounds.body_bytes:
+            depth, held = depth - 1, held - self._batch_bytes
+        return depth > bounds.requests or held > bounds.body_bytes
 
     def over_without_batch(self, bounds: QueueBounds) -> bool:
         """Whether too much would wait even without the batch requests that have never had a place."""

@@ -132,14 +132,14 @@ def test_4_a_full_queue_costs_the_key_nothing() -> None:
     assert state.requests.remaining == 1
 
 
-def test_5_free_slots_are_granted_least_outstanding_first() -> None:
+def test_6_free_slots_are_granted_least_outstanding_first() -> None:
     desk = Desk(launch("a", slots=3), launch("b", slots=3))
     for _ in range(6):
         desk.ask()
     assert list(desk.granted.values()) == ["a", "b", "a", "b", "a", "b"]
 
 
-def test_5_sequences_count_as_slots() -> None:
+def test_6_sequences_count_as_slots() -> None:
     desk = Desk(launch(slots=4))
     big = desk.ask(sequences=3)
     small, waiting = desk.ask(sequences=1), desk.ask(sequences=1)
@@ -148,7 +148,7 @@ def test_5_sequences_count_as_slots() -> None:
     assert desk.order() == [small, waiting]
 
 
-def test_5_a_request_larger_than_the_launch_takes_all_of_it() -> None:
+def test_6_a_request_larger_than_the_launch_takes_all_of_it() -> None:
     desk = Desk(launch(slots=2))
     small = desk.ask()
     huge = desk.ask(sequences=1000)
@@ -157,7 +157,7 @@ def test_5_a_request_larger_than_the_launch_takes_all_of_it() -> None:
     assert desk.order() == [huge]
 
 
-def test_6_a_full_queue() -> None:
+def test_8_a_full_queue() -> None:
     desk = Desk(launch(slots=1), max_queued=2)
     for _ in range(3):
         desk.ask()
@@ -166,7 +166,7 @@ def test_6_a_full_queue() -> None:
     assert error.retry_after == 5  # nothing has finished yet, so nothing is known
 
 
-def test_6_retry_after_is_what_the_queue_has_needed_lately() -> None:
+def test_8_retry_after_is_what_the_queue_has_needed_lately() -> None:
     desk = Desk(launch(slots=1), max_queued=40)
     for second in range(20):  # one request a second goes through
         desk.now = float(second)
@@ -180,7 +180,24 @@ def test_6_retry_after_is_what_the_queue_has_needed_lately() -> None:
     assert desk.refusal().retry_after == 5
 
 
-def test_7_realtime_goes_before_batch_and_each_class_in_order() -> None:
+def test_8_what_a_dying_engine_drops_says_nothing_about_the_pace() -> None:
+    desk = Desk(launch(slots=40), max_queued=40)
+    for second in range(20):
+        desk.now = float(second)
+        desk.done(desk.ask())
+    running = [desk.ask() for _ in range(40)]
+    for _ in range(40):
+        desk.ask()
+    desk.now = 20.0
+    before = desk.refusal().retry_after
+    for request in running[:39]:
+        desk.admission.done(request, desk.now, worked=False)
+        desk.take()
+        desk.ask()
+    assert desk.refusal().retry_after == before == 40
+
+
+def test_9_realtime_goes_before_batch_and_each_class_in_order() -> None:
     desk = Desk(launch(slots=1))
     running = desk.ask()
     batch = [desk.ask(cls="batch") for _ in range(2)]

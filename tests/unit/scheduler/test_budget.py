@@ -482,10 +482,10 @@ def test_no_rest_holds_back_what_batch_gets_in_any_case():
     budget, now = learnt()
     now = rests(budget, now, 20)
     budget.realtime_granted(1, 20, now)  # it goes on for long
-    budget.batch_waits(True, now)
-    assert budget.paced_until(now + 56.9) is not None
-    assert budget.overdue(now + 57)
-    assert budget.paced_until(now + 57) is None
+    budget.batch_waits(True, now - 30)
+    assert budget.paced_until(now + 29) is not None
+    assert budget.overdue(now + 31)
+    assert budget.paced_until(now + 31) is None
 
 
 def test_answers_beside_batch_that_begin_earlier_than_alone_show_that_this_was_heard_wrong():
@@ -595,21 +595,19 @@ def test_the_step_time_is_shown():
 # -- the floor (6) --------------------------------------------------------------------------------------------------
 
 
-def test_the_floor_falls_due_at_the_end_of_a_minute_without_batch():
+def test_the_floor_falls_due_after_a_minute_without_batch():
     budget = Budget(BudgetPolicy(), 16)
     assert not budget.overdue(1000)
     budget.batch_waits(True, 1000)
-    assert not budget.overdue(1056.9)
-    assert budget.overdue(1057)
-    budget.batch_granted(1, 1, 10, 1057)
-    budget.promoted(1057)
-    assert not budget.overdue(1058)
-    budget.batch_ended(1, 1, 1058)
-    assert budget.overdue(1058), "three seconds of a minute, one was had"
-    budget.batch_granted(2, 1, 10, 1058)
-    budget.batch_ended(2, 1, 1060)
-    assert not budget.overdue(1060)
-    assert budget.overdue(1117)
+    assert not budget.overdue(1059.9)
+    assert budget.next_change(1000) == 1060
+    assert budget.overdue(1060)
+    budget.batch_granted(1, 1, 10, 1060)
+    budget.promoted(1060)
+    assert not budget.overdue(1060.5)
+    budget.batch_ended(1, 1, 1061)
+    assert not budget.overdue(1061)
+    assert budget.next_change(1061) == pytest.approx(1080), "a second was had, which is owed again after nineteen more"
     assert budget.report(1117).promotions == 1
 
 
@@ -619,35 +617,50 @@ def test_what_batch_gets_anyway_counts_for_the_floor():
     budget.batch_waits(True, 10)
     budget.batch_waits(True, 11)
     budget.batch_ended(1, 1, 20)
-    assert not budget.overdue(69)
-    assert budget.next_change(20) == 127
-    assert budget.overdue(127)
-    budget.batch_waits(False, 128)
-    assert not budget.overdue(500)
+    assert budget.next_change(20) == pytest.approx(80), "however long it ran: a minute without is a minute"
+    for second in range(80, 680, 10):  # it gets its twentieth by itself
+        budget.batch_granted(second, 1, 10, second - 60)
+        budget.batch_ended(second, 1, second - 59.5)
+        assert not budget.overdue(second - 50)
 
 
-def test_a_request_that_runs_over_the_end_of_a_minute_counts_in_both():
+def test_a_queue_that_is_empty_for_a_moment_owes_what_it_owed():
     budget = Budget(BudgetPolicy(), 16)
     budget.batch_waits(True, 0)
-    budget.batch_granted(1, 1, 10, 57)
-    budget.batch_ended(1, 1, 62)
-    assert budget.next_change(62) == 119
-    assert not budget.overdue(118)
+    budget.batch_waits(False, 30)
+    assert budget.next_change(30) is None
+    budget.batch_waits(True, 31)
+    assert budget.next_change(31) == pytest.approx(31 + 30 + 1)
+    budget.batch_waits(False, 62)
+    assert not budget.overdue(63), "nobody waits"
+    budget.batch_waits(True, 122)
+    assert budget.next_change(122) == pytest.approx(182), "a minute in which nobody asked"
 
 
-def test_what_fell_due_and_found_no_slot_stays_due_in_the_next_minutes():
+def test_a_client_that_asks_one_by_one_gets_the_floor_too():
+    budget = Budget(BudgetPolicy(), 16)
+    now, ran_s = 0.0, 0.0
+    while now < 3600:
+        budget.batch_waits(True, now)
+        due = budget.next_change(now)
+        assert due is not None
+        budget.batch_granted(1, 1, 10, due)
+        budget.batch_waits(False, due)
+        now = due + 0.5
+        ran_s += 0.5
+        budget.batch_ended(1, 1, now)
+    assert ran_s / now == pytest.approx(0.05, abs=0.002)
+
+
+def test_what_fell_due_and_found_no_slot_stays_due_and_is_not_added_up():
     budget = Budget(BudgetPolicy(), 16)
     budget.batch_waits(True, 0)
-    assert budget.overdue(59)
     assert budget.overdue(60)
     assert budget.overdue(200)
     budget.batch_granted(1, 1, 10, 200)
     budget.batch_ended(1, 1, 203)
     assert not budget.overdue(203)
-    assert budget.overdue(297)  # its next minute began at 180 and had its three seconds
-    budget.batch_waits(False, 310)
-    budget.batch_waits(True, 311)
-    assert not budget.overdue(311)
+    assert budget.next_change(203) == pytest.approx(260)
 
 
 def test_no_floor():

@@ -45,7 +45,7 @@ def test_keys_take_turns_by_sequences() -> None:
     assert [request for request in order if request in small] == small
 
 
-def test_6_an_arriving_request_whose_key_has_had_less_goes_before_one_that_waits_for_more_room() -> None:
+def test_7_an_arriving_request_whose_key_has_had_less_goes_before_one_that_waits_for_more_room() -> None:
     desk = Desk(launch(slots=2))
     desk.ask(owner="blocker", sequences=2)
     first, big = desk.ask(owner="busy"), desk.ask(owner="busy", sequences=2)
@@ -155,21 +155,37 @@ def test_bodies_that_wait_are_bounded() -> None:
     desk.ask(body_bytes=4 * MIB)
 
 
-def test_7_realtime_takes_the_place_of_the_youngest_batch_request_in_a_full_queue() -> None:
-    desk = Desk(launch(slots=1), max_queued=2)
+def test_8_realtime_takes_the_place_of_the_youngest_batch_request_in_a_full_queue() -> None:
+    desk = Desk(launch(slots=1), max_queued=3)
     desk.ask()
-    older, younger = desk.ask(cls="batch"), desk.ask(cls="batch")
+    _oldest, middle, youngest = (desk.ask(cls="batch") for _ in range(3))
     assert isinstance(desk.refusal(cls="batch"), QueueFull)
     desk.ask()
-    assert list(desk.rejected) == [younger]
-    assert isinstance(desk.rejected[younger], QueueFull)
-    assert "realtime requests come before batch" in desk.rejected[younger].message
+    assert list(desk.rejected) == [youngest]
+    assert isinstance(desk.rejected[youngest], QueueFull)
+    assert "realtime requests come before batch" in desk.rejected[youngest].message
     desk.ask()
-    assert list(desk.rejected) == [younger, older]
+    assert list(desk.rejected) == [youngest, middle]
+    desk.ask()  # the last of batch stays, for the floor's sake, and takes nobody's place
     assert isinstance(desk.refusal(), QueueFull)
+    assert list(desk.rejected) == [youngest, middle]
 
 
-def test_7_who_waited_behind_what_is_displaced_gets_its_turn() -> None:
+def test_8_one_batch_request_may_wait_where_realtime_fills_the_queue() -> None:
+    desk = Desk(launch(slots=1), max_queued=2, max_queued_bytes=10 * MIB)
+    desk.ask()
+    desk.ask(body_bytes=5 * MIB)
+    desk.ask(body_bytes=5 * MIB)
+    assert isinstance(desk.refusal(), QueueFull)
+    assert isinstance(desk.refusal(cls="batch", body_bytes=11 * MIB), QueueFull), "alone more than may wait"
+    last = desk.ask(cls="batch", body_bytes=10 * MIB)
+    assert isinstance(desk.refusal(cls="batch"), QueueFull)
+    assert isinstance(desk.refusal(), QueueFull)
+    assert desk.rejected == {}
+    assert drained(desk)[-1] == last
+
+
+def test_8_who_waited_behind_what_is_displaced_gets_its_turn() -> None:
     desk = Desk(launch("a", slots=1), launch("b", slots=2), max_queued=2)
     desk.ask(ByLaunch("a"))
     running = [desk.ask(ByLaunch("b"), cls="batch") for _ in range(2)]
@@ -182,7 +198,7 @@ def test_7_who_waited_behind_what_is_displaced_gets_its_turn() -> None:
     assert desk.granted[small] == "b"
 
 
-def test_7_nobody_is_displaced_in_vain() -> None:
+def test_8_nobody_is_displaced_in_vain() -> None:
     desk = Desk(launch(slots=1), max_queued_bytes=10 * MIB)
     desk.ask()
     desk.ask(cls="batch", body_bytes=MIB)
@@ -190,13 +206,15 @@ def test_7_nobody_is_displaced_in_vain() -> None:
     assert desk.rejected == {}
 
 
-def test_7_what_came_back_is_not_displaced() -> None:
+def test_8_what_came_back_is_not_displaced() -> None:
     desk = Desk(launch(slots=1), max_queued=1)
     taken_back = desk.ask(cls="batch", replayable=True)
     realtime = desk.ask()
     desk.again(taken_back)
     assert desk.order() == [realtime]
+    desk.ask()
     assert isinstance(desk.refusal(), QueueFull)
+    assert desk.rejected == {}
 
 
 def test_what_comes_back_is_taken_off_the_account_of_a_key_of_which_nobody_waited_any_more() -> None:

@@ -1,10 +1,10 @@
 """Continuous batching as vLLM does it, in the time that a profile says. PURE.
 
 Each step takes one token of every running sequence that decodes and as many prompt tokens as the token budget leaves;
-then, if nobody had to be preempted, sequences from the waiting queue while there are slots, budget and blocks. Who runs
-first was admitted first. When blocks run out the sequence with the highest priority number, the youngest of them,
-loses all of its blocks and waits again; what it had is computed anew. A step takes what the profile says; the tokens
-come out at its end and then pass the API server, which serves one thing at a time.
+then, if nobody had to be preempted, sequences from the waiting queue while there are slots, budget and blocks. Who
+runs first was admitted first. When blocks run out the sequence with the highest priority number, the youngest of them,
+loses all of its blocks and waits again; what is not remembered of it is computed anew. A step takes what the profile
+says; the tokens come out at its end and then pass the API server, which serves one thing at a time.
 
 Invariant: at most ``slots`` sequences run; no step has more tokens than the budget; blocks are never over-committed,
 and a sequence that ended, was preempted or aborted holds none. Time is planned: a late timer moves nothing after it,
