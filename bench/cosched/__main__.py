@@ -15,7 +15,8 @@ directly with as many requests at once as suit it best (searched first, then in 
 Percentiles are of all rounds' answers together, throughputs the median of the rounds; beside the p99 of all stands the
 median of what each round's is by the same round's *alone*. What is far off anyway is measured in one round only. Each
 table says how many answers a percentile rests on, how much of the machine processes took that have nothing to do with
-the bench, and how long a fixed piece of work took before and after. With ``--keep FILE`` it can be done in pieces.
+the bench, how busy core 0 was (with the load, the daemon and the engine's API server), and how long a fixed piece of
+work took before and after. With ``--keep FILE`` it can be done in pieces.
 """
 
 from __future__ import annotations
@@ -50,18 +51,20 @@ from bench.cosched.engines import (
 from bench.cosched.foreign import Foreign, fixed_work_ms
 from bench.cosched.load import Found, Work
 
-CONCURRENCIES = (64, 128, 192, 256)
+CONCURRENCIES = (128, 256, 320, 512)
 CLIENTS = (64, 128)
 OVERLOAD = 1.25
 QUEUE = 4000
 NOISE = 0.02
 # (warm-up, measured, cool-down). Few answers a second need long; where batch answers take long, so do the ends.
-IDLE = (7.0, 9.0, 7.0)
+IDLE = (10.0, 10.0, 10.0)
+# Answers that are not complete by the end count nothing, so the ends must be as long as one takes on a full engine.
+ENDS = {"tiny": 1.0, "small": 3.0}
 ONCE = (6.0, 10.0, 5.0)
 LOADED = ((0.1, (4.0, 22.0, 1.5)), (0.3, (4.0, 12.0, 1.5)), (1.0, (4.0, 8.0, 1.5)))
 HEADS = ["realtime, part of capacity", "contender", "answers", "TTFT p50, ms", "TTFT p99, ms", "p99, times alone",
          "median of rounds", "token gap p50, ms", "token gap p99, ms", "realtime tokens/s", "batch tokens/s",
-         "of batch only", "fixed work, ms"]  # fmt: skip
+         "of batch only", "core 0 busy", "fixed work, ms"]  # fmt: skip
 
 Times = tuple[float, float, float]
 
@@ -95,6 +98,7 @@ class Row:
     batch: list[float] = field(default_factory=list)
     foreign: list[float] = field(default_factory=list)
     work_ms: list[float] = field(default_factory=list)
+    shared_core: list[float] = field(default_factory=list)
     p99: list[float] = field(default_factory=list)
 
     def add(self, found: Found, seconds: float) -> None:
@@ -120,7 +124,7 @@ class Bench:
         self.engine = f"simulator, {profile}" if profile else "vLLM, CPU build"
         self.rows: dict[tuple[float, str], Row] = {}
         self.best, self.best_at, self.capacity, self.foreign = 0.0, CONCURRENCIES[0], 0.0, 0.0
-        self.work_ms = 0.0
+        self.work_ms = self.shared_core = 0.0
         self.roots: list[int] = []
         self.recall()
         self.began = time.monotonic()
@@ -158,6 +162,8 @@ class Bench:
 
     def times(self, times: Times) -> Times:
         ends = max(1.0, sum(self.args.batch_tokens) / sum(Work.batch_tokens))
+        if times is IDLE:
+            ends *= ENDS[self.args.size]
         return times[0] * ends, times[1] * self.args.scale, times[2] * ends
 
     # -- running ----------------------------------------------------------------------------------------------------
@@ -260,6 +266,7 @@ class Bench:
         """What the machine was like meanwhile."""
         row.foreign.append(self.foreign)
         row.work_ms.append(self.work_ms)
+        row.shared_core.append(self.shared_core)
 
     def tell(self, line: str) -> None:
         passed = time.monotonic() - self.began
@@ -280,6 +287,7 @@ class Bench:
                 command, input=json.dumps(work), capture_output=True, text=True, cwd=ROOT, check=False
             )
         self.foreign, self.work_ms = foreign.share, (before_ms + fixed_work_ms()) / 2
+        self.shared_core = foreign.shared_core
         if output.returncode:
             raise SystemExit(output.stderr)
         found = Found(**json.loads(output.stdout))
@@ -306,7 +314,8 @@ class Bench:
             lines.append([
                 f"{part:.0%}", name, f"{len(row.ttft)}" if part else "", *shown[:2], times,
                 f"{median(each):.2f}" if each else "", *shown[2:], f"{median(row.realtime):.0f}" if part else "",
-                *([f"{batch:.0f}", share] if batch else ["", ""]), f"{median(row.work_ms):.0f}",
+                *([f"{batch:.0f}", share] if batch else ["", ""]), f"{median(row.shared_core):.0%}",
+                f"{median(row.work_ms):.0f}",
             ])  # fmt: skip
         return (
             f"\nEngine: {self.engine}. Batch only: {best:.0f} tokens/s with {self.best_at} at once. Realtime capacity: "

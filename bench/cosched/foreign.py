@@ -39,27 +39,35 @@ def _work_ms(core: int) -> float:
 
 class Foreign:
     """``share``: the part of the machine that others took while this was entered. Not others: this process, ``roots``,
-    and all below them."""
+    and all below them. ``shared_core``: the part of the time in which core 0 was busy with anything, on which the
+    engine's API server, the daemon and the load run (``engines``)."""
 
     def __init__(self, roots: Sequence[int]) -> None:
         self._roots = roots
-        self.share = 0.0
+        self.share = self.shared_core = 0.0
 
     def __enter__(self) -> Self:
-        self._before = self._look()
+        self._before, self._core_before = self._look(), _counts("cpu0")
         return self
 
     def __exit__(self, *_: object) -> None:
         every, busy, own = (now - before for now, before in zip(self._look(), self._before, strict=True))
         self.share = max(0.0, busy - own) / every
+        every, busy = (now - before for now, before in zip(_counts("cpu0"), self._core_before, strict=True))
+        self.shared_core = busy / every
 
     def _look(self) -> tuple[float, float, float]:
         """CPU seconds that there were, that anybody used, and that this process and those below it did."""
-        user, nice, system, idle, wait, *rest = (
-            int(one) / os.sysconf("SC_CLK_TCK") for one in Path("/proc/stat").read_text().split("\n")[0].split()[1:]
-        )
-        busy = user + nice + system + sum(rest)
+        every, busy = _counts("cpu")
         ended = resource.getrusage(resource.RUSAGE_CHILDREN)
         roots = [os.getpid(), *self._roots]
         own = sum(cpu_s(one) for one in {*roots, *(below for root in roots for below in descendants(root))})
-        return busy + idle + wait, busy, own + ended.ru_utime + ended.ru_stime
+        return every, busy, own + ended.ru_utime + ended.ru_stime
+
+
+def _counts(row: str) -> tuple[float, float]:
+    """CPU seconds that there were so far, and that anybody used: of all cores (``cpu``) or one (``cpu0``)."""
+    line = next(one for one in Path("/proc/stat").read_text().split("\n") if one.startswith(f"{row} "))
+    user, nice, system, idle, wait, *rest = (int(one) / os.sysconf("SC_CLK_TCK") for one in line.split()[1:])
+    busy = user + nice + system + sum(rest)
+    return busy + idle + wait, busy

@@ -1,11 +1,12 @@
 """What a proxied request and a streamed chunk cost: ``python -m bench.proxy`` (or ``make bench-proxy``).
 
 Contenders in one run: direct, nginx, sglang-router, a FastAPI route with httpx, a splice in Python that does nothing
-but pass on, and ours with a key, admission, limits, metrics and the access log on, all in front of the same backend
-over TCP; nginx and ours behind a Unix socket as well, where engines really listen. The proxy is pinned to one core,
-backend and load to another; figures are CPU time of the proxy's processes divided by the work, medians over interleaved
-rounds, because on a shared machine CPU time is steadier than throughput. Latencies are those of paced requests on an
-otherwise idle proxy, as the median over rounds of the difference to direct in the same round.
+but pass on, and ours with a key, admission, limits of requests and tokens, metrics and the access log on, all in front
+of the same backend over TCP; nginx and ours behind a Unix socket as well, where engines really listen. The backend
+tells what an answer used, in a stream only if it is asked, as engines do. The proxy is pinned to one core, backend and
+load to another; figures are CPU time of the proxy's processes divided by the work, medians over interleaved rounds,
+because on a shared machine CPU time is steadier than throughput. Latencies are those of paced requests on an otherwise
+idle proxy, as the median over rounds of the difference to direct in the same round.
 """
 
 from __future__ import annotations
@@ -87,8 +88,10 @@ def measure_idle(contender: Contender) -> None:
 
 
 def measure_requests(contender: Contender, total: int) -> None:
-    _, spent = load(contender, f"requests {CONNECTIONS} {total}")
-    contender.request_us.append(spent / total * 1e6)
+    """The same request again and again, as a client's library sends it; and each with an id of its own in its head."""
+    for about, found in (("", contender.request_us), (" /v1/completions bench numbered", contender.numbered_us)):
+        _, spent = load(contender, f"requests {CONNECTIONS} {total}{about}")
+        found.append(spent / total * 1e6)
 
 
 def measure_latency(contender: Contender) -> None:
@@ -159,10 +162,15 @@ def tables(contenders: list[Contender], streams: list[int]) -> str:
     heads = [
         "idle, ms of CPU a second",
         "µs of CPU a request",
+        "no head twice",
         *(f"a chunk, {n} stream{'s' * (n > 1)}" for n in streams),
     ]
     cost = [
-        [one.name, shown([one.idle_ms]), shown([one.request_us]), *(shown([one.chunk_us[n]]) for n in streams)]
+        [
+            one.name,
+            *(shown([values]) for values in (one.idle_ms, one.request_us, one.numbered_us)),
+            *(shown([one.chunk_us[n]]) for n in streams),
+        ]
         for one in contenders[1:]
     ]
     most = max(streams)

@@ -1,8 +1,9 @@
 """The engine stand-in of the proxy bench: a raw protocol server that costs as little as possible.
 
 ``python -m bench.proxy.backend PORT PATH`` listens on the port and on a Unix socket at the path. A POST whose prompt is
-``events/ms COUNT/INTERVAL`` is answered by that many server-sent events of 220 bytes, one each INTERVAL milliseconds;
-any other POST by 0.5 KB of JSON at once; GETs by what readiness probes want to see.
+``events/ms COUNT/INTERVAL`` is answered by that many server-sent events of 220 bytes, one each INTERVAL milliseconds,
+and if it asks for it one more about usage; any other POST by 0.5 KB of JSON at once; GETs by what readiness probes want
+to see.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import uvloop
 EVENT_BYTES = 220
 EVENT = b"data: " + b"x" * (EVENT_BYTES - 8) + b"\n\n"
 CHUNK = b"%x\r\n%s\r\n" % (len(EVENT), EVENT)
+USED = b'"usage":{"prompt_tokens":8,"total_tokens":108,"completion_tokens":100}}'
+USAGE = b'data: {"id":"cmpl-0","object":"text_completion","created":0,"model":"bench","choices":[],' + USED + b"\n\n"
+USAGE_CHUNK = b"%x\r\n%s\r\n" % (len(USAGE), USAGE)
 LAST = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 MODELS = b'{"object":"list","data":[{"id":"bench","object":"model"}]}'
@@ -28,7 +32,7 @@ def answer(body: bytes) -> bytes:
     return head % len(body) + body
 
 
-JSON = answer(b'{"choices":[{"text":"' + b"y" * 470 + b'"}]}')
+JSON = answer(b'{"choices":[{"text":"' + b"y" * 400 + b'"}],' + USED)
 
 
 class Backend(asyncio.Protocol):
@@ -37,6 +41,7 @@ class Backend(asyncio.Protocol):
         self.parser = httptools.HttpRequestParser(self)
         self.loop = asyncio.get_running_loop()
         self.url = self.body = b""
+        self.tells_usage = False
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -58,7 +63,9 @@ class Backend(asyncio.Protocol):
             known = MODELS if b"models" in self.url else MODEL_INFO if b"model_info" in self.url else b"{}"
             self.transport.write(answer(known))
         elif b'"events/ms ' in self.body:
-            events, interval_ms = json.loads(self.body)["prompt"].removeprefix("events/ms ").split("/")
+            asked = json.loads(self.body)
+            events, interval_ms = asked["prompt"].removeprefix("events/ms ").split("/")
+            self.tells_usage = bool((asked.get("stream_options") or {}).get("include_usage"))
             self.transport.write(STREAM_HEAD)
             self.interval_s, self.due, self.left = int(interval_ms) / 1000, self.loop.time(), int(events)
             self.next_event()
@@ -69,7 +76,7 @@ class Backend(asyncio.Protocol):
         if self.transport.is_closing():
             return
         if self.left == 0:
-            self.transport.write(LAST)
+            self.transport.write(USAGE_CHUNK + LAST if self.tells_usage else LAST)
             return
         self.left -= 1
         self.transport.write(CHUNK)

@@ -62,6 +62,7 @@ class Contender:
     slow: bool = False
     idle_ms: list[float] = field(default_factory=list)
     request_us: list[float] = field(default_factory=list)
+    numbered_us: list[float] = field(default_factory=list)
     chunk_us: dict[int, list[float]] = field(default_factory=dict)
     rate: dict[int, list[float]] = field(default_factory=dict)
     first_byte_ms: list[tuple[float, float]] = field(default_factory=list)
@@ -171,13 +172,13 @@ class Starter:
         return Contender(name, port, process)
 
     def ours(self, name: str, where: dict[str, str]) -> Contender:
-        """With keys, scheduling, limits, metrics and the access log on."""
+        """With keys, scheduling, limits (of tokens too, settled by answers' usage), metrics and the access log on."""
         port, home = free_port(), self.folder()
         engine = {"kind": "external", "served_names": ["bench"], "slots": 1024, "keep_alive_s": 120, **where}
         (home / "engines.json").write_text(json.dumps({"engines": {"bench": engine}}))
         entry = {
             "name": "bench", "token": KEY, "scopes": ["admin", "realtime"], "models": ["*"], "max_parallel": 1024,
-            "requests_per_minute": 10_000_000,
+            "requests_per_minute": 10_000_000, "tokens_per_minute": 1_000_000_000_000,
         }  # fmt: skip
         (home / "keys.json").write_text(json.dumps({"keys": [entry]}))
         (home / "keys.json").chmod(0o600)
