@@ -12,7 +12,7 @@ from vllm_bootstrap.gateway.chunks import framed
 from vllm_bootstrap.gateway.head import Head
 from vllm_bootstrap.gateway.outbox import HeldTransport, Outbox
 from vllm_bootstrap.gateway.relay import Relay
-from vllm_bootstrap.gateway.upstream import UpstreamConnection
+from vllm_bootstrap.gateway.upstream import MAX_RESPONSE_HEAD, UpstreamConnection
 from vllm_bootstrap.scheduler.tickets import Usage
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -193,3 +193,26 @@ def test_the_next_answer_on_a_kept_connection_is_not_the_last_ones() -> None:
     pair.feed([HEAD + framed(b"{}"), framed(DATA)])
     assert taken == [b"{}", DATA]
     assert (pair.skimmed, pair.sink.written) == (1, written)
+
+
+def test_size_lines_that_come_apart_from_their_chunks_add_up_to_nothing() -> None:
+    """What is bounded is what comes between two chunks, however many there are."""
+    line = b"1;" + b"x" * 500
+    for pieces in ([line, b"\r\na\r\n"], [line, b"\r", b"\n", b"a\r\n"], [line + b"\r", b"\na\r", b"\n"]):
+        pair = Pair(True, drops=False)
+        pair.sink.write = lambda _: None  # type: ignore[method-assign]
+        pair.feed([HEAD, *(MAX_RESPONSE_HEAD // len(pieces[0]) + 2) * pieces])
+        assert pair.told == []
+        pair.feed([b"0\r\n\r\n"])
+        assert pair.told == ["complete, reusable: True, trailers: []"]
+
+
+def test_what_comes_between_two_chunks_is_bounded_to_the_byte() -> None:
+    line = b"0\r\nx: "
+    for size, told in (
+        (MAX_RESPONSE_HEAD - 7, []),
+        (MAX_RESPONSE_HEAD - 6, ["sent trailers larger than 262144 bytes"]),
+    ):
+        pair = Pair(True, drops=False)
+        pair.feed([HEAD + framed(DATA), framed(DATA), line, *[b"y" * 1000] * (size // 1000), b"y" * (size % 1000)])
+        assert pair.told == told

@@ -22,6 +22,7 @@ from vllm_bootstrap.gateway.head import Headers
 from vllm_bootstrap.gateway.outbox import HeldTransport, Outbox
 
 MAX_RESPONSE_HEAD = 256 * 1024
+"""Bytes of an answer's head, and of what stands between two pieces of its body: sizes of chunks, trailers."""
 # A kept-alive connection that breaks within this time of being reused had been closed by the engine before.
 STALE_WITHIN_S = 1.0
 
@@ -90,7 +91,7 @@ class UpstreamConnection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_between_chunks", "_expects_upgrade", "_head_bytes", "_head_only", "_interim", "_keeper", "_parser", "_paused",
+        "_barren", "_expects_upgrade", "_head_bytes", "_head_only", "_interim", "_keeper", "_parser", "_paused",
         "_receiver", "_reusable", "_splice", "answer", "complete", "content_length", "date", "flow", "framing",
         "head_ready", "headers", "idle_since", "on_body", "parts", "skim", "started_at", "status", "trailers",
         "transport", "upgraded", "used_before", "write_paused",
@@ -119,7 +120,9 @@ class UpstreamConnection(asyncio.Protocol):
         self.on_body = self.parts.append
         self.flow: Callable[[bytes], None] | None = None
         self.skim: Skim | None = None
-        self._between_chunks = False  # what the parser had last ended with a chunk's last byte
+        # 0: what the parser had last ended with a chunk's last byte. Else 1 and what was read since the last size line
+        # without bringing anything of a body.
+        self._barren = 1
         self._parser = httptools.HttpResponseParser(self)
 
     # For the owner
@@ -215,7 +218,7 @@ class UpstreamConnection(asyncio.Protocol):
             return
         problem: str | None = None
         try:
-            if self._between_chunks and self.skim is not None and self.skim(data):
+            if not self._barren and self.skim is not None and self.skim(data):
                 return
             problem = self._parse(data)
             if self.head_ready:  # what was understood goes on even if what follows it was not
@@ -232,17 +235,22 @@ class UpstreamConnection(asyncio.Protocol):
     def _parse(self, data: bytes) -> str | None:
         """Returns what is wrong with it."""
         problem: str | None = None
-        self._between_chunks = False
         if not self.head_ready:
             self._head_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
             problem = self._stopped(exc, data)
-        if self._between_chunks:  # not if the next size's first digits are there already
-            self._between_chunks = data.endswith(b"\r\n")
-        if self._head_bytes > MAX_RESPONSE_HEAD and not self.head_ready:
-            return f"sent headers larger than {MAX_RESPONSE_HEAD} bytes"
+        if not (self._barren or data.endswith(b"\r\n")):  # the next size's first digits are there already
+            self._barren = 1
+        if not self.parts:
+            if not self.head_ready:
+                if self._head_bytes > MAX_RESPONSE_HEAD:
+                    return f"sent headers larger than {MAX_RESPONSE_HEAD} bytes"
+            elif self.framing == "chunked" and self._barren and not self.complete:
+                self._barren += len(data)
+                if self._barren > MAX_RESPONSE_HEAD:
+                    return f"sent trailers larger than {MAX_RESPONSE_HEAD} bytes"
         return problem
 
     def _stopped(self, why: Exception, data: bytes) -> str | None:
@@ -336,13 +344,13 @@ class UpstreamConnection(asyncio.Protocol):
             self._reusable = False
 
     def on_chunk_header(self) -> None:
-        self._between_chunks = False
+        self._barren = 1
 
     def on_chunk_complete(self) -> None:
-        self._between_chunks = True
+        self._barren = 0
 
     def on_message_complete(self) -> None:
-        self._between_chunks = False
+        self._barren = 1
         if self._interim:
             self._interim = False
             self.headers = []

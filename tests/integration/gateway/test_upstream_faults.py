@@ -14,9 +14,10 @@ import pytest
 
 from tests.support.aio import eventually
 from tests.support.data_plane import LAUNCH, Plane, Wire, advert, certificate, instance, request, run, running
-from tests.support.malformed import AFTER_HEADERS, BEFORE_HEADERS, BROKEN
+from tests.support.malformed import AFTER_HEADERS, BEFORE_HEADERS, BROKEN, PIECES
 from tests.support.raw_upstream import EVENTS, LAST_CHUNK, RawUpstream, Visit, answer, chunk
 from vllm_bootstrap.gateway import GatewayLimits
+from vllm_bootstrap.gateway.upstream import MAX_RESPONSE_HEAD
 from vllm_bootstrap.serving import Endpoint
 
 
@@ -86,6 +87,55 @@ def test_any_other_broken_answer_is_cut(tmp_path: Path, raw: bytes) -> None:
                 with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
                     await wire.reply()
             assert plane.in_use() == 0
+
+    run(main())
+
+
+ENDLESS = {
+    "trailers": [b"0\r\n", *[b"x-%d: " % number + b"y" * 8000 + b"\r\n" for number in range(500)], b"\r\n"],
+    "one trailer": [b"0\r\nx: ", *[b"y" * 8000] * 500, b"\r\n\r\n"],
+    "chunk extension": [b"2;x=", *[b"y" * 8000] * 500, b"\r\nok\r\n0\r\n\r\n"],
+}
+"""What would be valid if it ended where it does here, 4 MB later."""
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+@pytest.mark.parametrize("begin", [PIECES, PIECES + chunk(b"ok"), EVENTS, EVENTS + chunk(b"data: 1\n\n")], ids=range(4))
+def test_what_an_engine_sends_beside_a_body_is_bounded(tmp_path: Path, name: str, begin: bytes) -> None:
+    async def script(visit: Visit) -> None:
+        with contextlib.suppress(ConnectionError):
+            await visit.send(begin, *ENDLESS[name])
+        await visit.gone()
+
+    async def main() -> None:
+        async with running(tmp_path) as plane, RawUpstream(tmp_path / "e", script).running() as engine:
+            plane.announce(instance(engine.endpoint))
+            async with plane.wire() as wire:
+                await wire.send(request(body={"model": "model", "prompt": "x", "stream": begin.startswith(EVENTS)}))
+                told = await wire.at_end() if begin.startswith(PIECES) else (await wire.reply()).body
+            assert b"x-1" not in told
+            assert (f"sent trailers larger than {MAX_RESPONSE_HEAD} bytes".encode() in told) == begin.startswith(EVENTS)
+            await eventually(lambda: engine.open == 0 and plane.in_use() == 0)
+            assert [record.code for record in plane.records] == ["upstream_error"]
+
+    run(main())
+
+
+def test_long_trailers_pass(tmp_path: Path) -> None:
+    trailers = b"".join(b"x-%d: " % number + b"y" * 1000 + b"\r\n" for number in range(200))
+    assert len(trailers) < MAX_RESPONSE_HEAD
+
+    async def script(visit: Visit) -> None:
+        await visit.send(EVENTS + chunk(b"a"), b"0\r\n" + trailers + b"\r\n")
+
+    async def main() -> None:
+        async with running(tmp_path) as plane, RawUpstream(tmp_path / "e", script).running() as engine:
+            plane.announce(instance(engine.endpoint))
+            async with plane.wire() as wire:
+                await wire.send(request(headers=[("Connection", "close")]))
+                told = await wire.at_end()
+            assert told.endswith(b"1\r\na\r\n0\r\n" + trailers + b"\r\n")
+            assert [record.code for record in plane.records] == [None]
 
     run(main())
 
