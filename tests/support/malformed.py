@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from tests.support.data_plane import LAUNCH, request
-from tests.support.raw_upstream import EVENTS, chunk
+from tests.support.raw_upstream import EVENTS, answer, chunk
 
 CHUNKED = [("Transfer-Encoding", "chunked")]
+PIECES = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
 BODY = b'{"model":"model","prompt":"x"}'
 
 
@@ -88,6 +89,9 @@ BEFORE_HEADERS = {
     "folded header": b"HTTP/1.1 200 OK\r\na: b\r\n c\r\n\r\n",
     "bad header": b"HTTP/1.1 200 OK\r\na b: c\r\n\r\n",
     "unasked switch": b"HTTP/1.1 101 Switching\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n",
+    "interim with a length": b"HTTP/1.1 100 Continue\r\ncontent-length: 2\r\n\r\n" + answer(b"ok"),
+    "odd interim with a body": b"HTTP/1.1 104 Odd\r\ncontent-length: 2\r\n\r\nno" + answer(b"ok"),
+    "interim in chunks": b"HTTP/1.1 103 Early\r\ntransfer-encoding: chunked\r\n\r\n" + PIECES + chunk(b"ok"),
     "only interim": b"HTTP/1.1 100 Continue\r\n\r\n",
     "endless head": b"HTTP/1.1 200 OK\r\n" + b"x: " + b"y" * 300_000,
     "odd status": b"HTTP/1.1 99 Odd\r\n\r\n",
@@ -109,8 +113,6 @@ AFTER_HEADERS = {
 }
 """Streams that break: an error event at their end."""
 
-PIECES = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
-
 BROKEN = [
     b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 10\r\n\r\n{}",
     b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n",
@@ -121,5 +123,14 @@ BROKEN = [
     PIECES + b"fffffffffffffffff\r\n",
     PIECES + b"2\r\nok!\r\n0\r\n\r\n",
     PIECES + b"2\nok\r\n0\r\n\r\n",
+    PIECES + b"2;\x01=a\r\nok\r\n0\r\n\r\n",
+    PIECES + b"2;a\nok\r\n0\r\n\r\n",
+    PIECES + b'2;a="b\r\nok\r\n0\r\n\r\n',
+    PIECES + b"2\r\nok\r\n0;\x00\r\n\r\n",
+    PIECES + b"2\r\nok\r\n0\r\nx: y\n\r\n",
+    PIECES + b"2\r\nok\r\n0\r\nx: y\r\n\n",
+    PIECES + b"2\r\nok\r\n0\r\nx: y\r\n z\r\n\r\n",
+    PIECES + b"2\r\nok\r\n0\r\nx y\r\n\r\n",
+    PIECES + b"2\r\nok\r\n0\r\ncontent-length: 2\r\n\r\n",
 ]
 """Answers that break where nothing can be said any more: the connection is cut."""

@@ -27,6 +27,7 @@ MAX_RESPONSE_HEAD = 256 * 1024
 STALE_WITHIN_S = 1.0
 
 _NO_BODY = (101, 204, 304)
+_EMPTY = (None, b"0")  # lengths of no body
 
 Skim = Callable[[bytes], bool]
 """Is shown what comes after a whole chunk, as it came. Takes it, if it is one whole plain chunk and nothing else (not
@@ -324,6 +325,9 @@ class UpstreamConnection(asyncio.Protocol):
         self.status = status = self._parser.get_status_code()
         if status < 200:
             if status != 101:
+                coded = any(name.lower() == b"transfer-encoding" for name, _ in self.headers)
+                if coded or self.content_length not in _EMPTY:
+                    raise _Unintelligible("a body in an interim answer")
                 self._interim = True
                 return
             if not self._expects_upgrade:
@@ -331,7 +335,8 @@ class UpstreamConnection(asyncio.Protocol):
         self.answer = answer = heads.answer_head(status, self.headers)
         codings = answer.codings
         if status in _NO_BODY:
-            self.framing = "none"
+            # One that announces a body may send it yet, and that must never be read as the next answer.
+            self.framing = "close" if codings or self.content_length not in _EMPTY else "none"
         elif codings:
             if codings != [b"chunked"]:
                 raise _Unintelligible("a transfer coding other than chunked")

@@ -138,6 +138,7 @@ def test_large_events_and_compressed_answers(tmp_path: Path) -> None:
         (b"HTTP/1.1 204 No Content\r\ncontent-length: 0\r\n\r\n", 204, b"", None),
         (b"HTTP/1.1 304 Not Modified\r\ncontent-length: 50\r\n\r\n", 304, b"", "50"),
         (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early\r\nlink: x\r\n\r\n" + answer(b"late"), 200, b"late", "4"),
+        (b"HTTP/1.1 100 Continue\r\ncontent-length: 0\r\n\r\n" + answer(b"late"), 200, b"late", "4"),
         (answer(b""), 200, b"", "0"),
         (answer(b"no", status=b"400 Bad"), 400, b"no", "2"),
         (answer(b"no", status=b"599 Odd"), 599, b"no", "2"),
@@ -195,7 +196,8 @@ def test_the_engines_own_errors_pass_unwrapped_and_its_hop_by_hop_headers_do_not
 def test_trailers(tmp_path: Path) -> None:
     async def script(visit: Visit) -> None:
         await visit.send(
-            b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nX-Sum: 1\r\nSet-Cookie: a\r\n\r\n"
+            b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nX-Sum: 1\r\nSet-Cookie: a\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n"
         )
 
     async def main() -> None:

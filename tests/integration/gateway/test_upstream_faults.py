@@ -140,6 +140,48 @@ def test_long_trailers_pass(tmp_path: Path) -> None:
     run(main())
 
 
+NO_BODY = {
+    "204 with a length": b"HTTP/1.1 204 No Content\r\ncontent-length: 2\r\n\r\n",
+    "204 in chunks": b"HTTP/1.1 204 No Content\r\ntransfer-encoding: chunked\r\n\r\n",
+    "304 with a length": b"HTTP/1.1 304 Not Modified\r\ncontent-length: 2\r\n\r\n",
+    "304 in chunks": b"HTTP/1.1 304 Not Modified\r\ntransfer-encoding: chunked\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("name", NO_BODY)
+def test_a_body_where_there_can_be_none_is_no_part_of_any_answer(tmp_path: Path, name: str, late: bool) -> None:
+    """Announced or sent: the client gets the head alone, and what follows is never taken for the next answer."""
+    smuggled = answer(b"smuggled")
+    go = asyncio.Event()
+
+    async def script(visit: Visit) -> None:
+        if visit.connection > 1:
+            await visit.send(answer(b"honest"))
+            return
+        await visit.send(NO_BODY[name] + (b"" if late else smuggled))
+        if late:
+            await go.wait()
+            with contextlib.suppress(ConnectionError):
+                await visit.send(smuggled)
+
+    async def main() -> None:
+        async with running(tmp_path) as plane, RawUpstream(tmp_path / "e", script).running() as engine:
+            plane.announce(instance(engine.endpoint))
+            async with plane.wire() as wire:
+                await wire.send(request())
+                reply = await wire.reply()
+                assert (reply.status, reply.body) == (int(name[:3]), b"")
+                assert reply.header("transfer-encoding") is None
+                assert reply.header("content-length") == ("2" if name == "304 with a length" else None)
+                await wire.send(request())
+                go.set()
+                assert (await wire.reply()).body == b"honest"
+            assert engine.connections == 2
+
+    run(main())
+
+
 @pytest.mark.parametrize("extra", [b"more", b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nbad"])
 def test_what_follows_an_answer_is_never_read_as_another(tmp_path: Path, extra: bytes) -> None:
     async def script(visit: Visit) -> None:
