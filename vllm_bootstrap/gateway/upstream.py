@@ -200,9 +200,9 @@ class UpstreamConnection(asyncio.Protocol):
             transport.abort()
 
     def close_gently(self, within_s: float) -> None:
-        """Close once what was written has left, at the latest after ``within_s``. Nobody is called any more."""
-        self._receiver = self._splice = None
-        transport, self.transport = self.transport, None
+        """Close once what was written has left, at the latest after ``within_s``. Only a splice is told then."""
+        self._receiver = None
+        transport = self.transport
         if transport is not None:
             transport.close()
             asyncio.get_running_loop().call_later(within_s, transport.abort)

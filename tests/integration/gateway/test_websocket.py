@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 import socket
+import struct
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -315,6 +318,86 @@ def test_when_one_side_goes_the_other_hears_of_it(tmp_path: Path, who: str) -> N
             elif who == "daemon":
                 plane.gateway.close()
             await eventually(lambda: engine.open == 0 and plane.in_use() == 0 and not plane.gateway.connections, 1)
+
+    run(main())
+
+
+def closed_by_us(visit: Visit) -> bool:
+    """As the engine's kernel knows it, whether or not the engine reads."""
+    poll = select.poll()
+    poll.register(visit.writer.get_extra_info("socket").fileno(), select.POLLRDHUP)
+    return bool(poll.poll(0))
+
+
+@pytest.mark.parametrize("how", ["reset", "closed"])
+@pytest.mark.parametrize("much", [True, False])
+def test_a_client_that_leaves_an_engine_that_does_not_read(tmp_path: Path, how: str, *, much: bool) -> None:
+    """``much``: so much is on its way that we do not read the client any more."""
+    end = asyncio.Event()
+
+    async def then(_: Visit) -> None:
+        await end.wait()
+
+    async def main() -> None:
+        async with running(tmp_path) as plane, RawUpstream(tmp_path / "e", accepting(then)).running() as engine:
+            plane.announce(instance(engine.endpoint))
+            wire = await plane.connect()
+            await wire.send(request("GET", PATHS[0], headers=HANDSHAKE))
+            await wire.head()
+            (connection,) = plane.gateway.connections
+            (visit,) = engine.requests
+            visit.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            stopped = lambda: connection.flow.read_paused  # type: ignore[attr-defined]  # noqa: E731
+            exchange = connection._exchange  # type: ignore[attr-defined]
+            engines = exchange._connection.transport.inner
+            while not (stopped() if much else engines.get_write_buffer_size()):
+                await wire.send(b"y" * 10_000)
+                await asyncio.sleep(0)
+            if how == "reset":
+                linger = struct.pack("ii", 1, 0)
+                wire.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            left_at = time.monotonic()
+            wire.close()
+            while plane.in_use():
+                await asyncio.sleep(0.005)
+                if not plane.in_use():
+                    await asyncio.sleep(0)  # what is closed in this turn of the loop is closed at its end
+                    assert closed_by_us(visit), "the place is free, and the engine still works for nobody"
+                assert time.monotonic() - left_at < 1.5
+            assert not plane.gateway.connections
+            assert [record.status for record in plane.records] == [101]
+            end.set()
+
+    run(main())
+
+
+def test_what_a_client_has_said_last_reaches_an_engine_that_reads_on_in_time(tmp_path: Path) -> None:
+    go, counts = asyncio.Event(), {"in": 0, "out": 0}
+
+    async def then(visit: Visit) -> None:
+        visit.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await go.wait()
+        visit.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        while piece := await visit.reader.read(65536):
+            counts["in"] += len(piece)
+
+    async def main() -> None:
+        async with running(tmp_path) as plane, RawUpstream(tmp_path / "e", accepting(then)).running() as engine:
+            plane.announce(instance(engine.endpoint))
+            wire = await plane.connect()
+            await wire.send(request("GET", PATHS[0], headers=HANDSHAKE))
+            await wire.head()
+            await wire.reader.readexactly(5)  # else its system resets the connection when it closes
+            (connection,) = plane.gateway.connections
+            while not connection.flow.read_paused:  # type: ignore[attr-defined]
+                await wire.send(b"y" * 10_000)
+                counts["out"] += 10_000
+                await asyncio.sleep(0)
+            wire.writer.close()
+            go.set()
+            await eventually(lambda: plane.in_use() == 0)
+            await eventually(lambda: engine.open == 0)
+            assert counts["in"] == counts["out"]
 
     run(main())
 
