@@ -99,6 +99,7 @@ def gateway_limits(settings: Settings) -> GatewayLimits:
         max_connections=settings.max_connections,
         max_body_bytes=settings.max_body_bytes,
         max_upload_bytes=settings.max_upload_bytes,
+        spool_budget_bytes=settings.spool_budget_bytes,
         max_file_body_bytes=settings.file_max_bytes + FILE_FORM_BYTES,
         max_adapter_body_bytes=settings.adapter_max_bytes + FILE_FORM_BYTES,
         write_stall_timeout_s=settings.write_stall_timeout_s,

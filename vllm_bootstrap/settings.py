@@ -142,6 +142,7 @@ class Settings(BaseSettings):
     batch_floor: float = Field(0.05, ge=0, le=1)
     max_body_bytes: int = Field(64 * MIB, ge=1024)
     max_upload_bytes: int = Field(512 * MIB, ge=1024)
+    spool_budget_bytes: int = Field(8 * GIB, ge=1024)
     max_header_bytes: int = Field(64 * 1024, ge=1024)
     max_header_count: int = Field(100, ge=8)
     header_timeout_s: float = Field(15, gt=0)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vllm_bootstrap.configure import catalogue, one_model
+from vllm_bootstrap.configure import catalogue, gateway_limits, one_model
 from vllm_bootstrap.engines import build_engines
 from vllm_bootstrap.models.parsing import CatalogueError
 from vllm_bootstrap.models.types import GpuNeed, ModelEntry
@@ -85,3 +85,7 @@ def test_a_model_that_no_launch_could_serve_stops_the_start(tmp_path: Path, monk
 )  # fmt: skip
 def test_which_models_a_request_may_have_loaded(settings, meant):
     assert Settings(**settings).models_by_request == meant
+
+
+def test_limits_of_requests_are_what_settings_say():
+    assert gateway_limits(Settings(spool_budget_bytes=5000)).spool_budget_bytes == 5000

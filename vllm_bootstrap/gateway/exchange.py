@@ -79,7 +79,7 @@ class Exchange(Passage):
         self._entry = entry = admit(gateway, self._head, self._target)
         self._journey.owner = entry.principal.name
         self._journey.id = gateway.inflight.add(self.request_id, self)
-        self._intake = intake = make_intake(self._head, entry.route, gateway.limits, gateway.spool_dir)
+        self._intake = intake = make_intake(self._head, entry.route, gateway.limits, gateway.spool)
         self._reading = reading = Reading(gateway, self._client, intake, self._read)
         return reading
 

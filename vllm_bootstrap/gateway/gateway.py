@@ -27,6 +27,7 @@ from vllm_bootstrap.gateway.outbox import Outbox
 from vllm_bootstrap.gateway.pool import Pool
 from vllm_bootstrap.gateway.revive import Reviver
 from vllm_bootstrap.gateway.sticky import Responses
+from vllm_bootstrap.gateway.uploads import Spool
 from vllm_bootstrap.models.types import Rewrite
 from vllm_bootstrap.scheduler.gate import Gate
 from vllm_bootstrap.serving import Instance
@@ -88,7 +89,7 @@ class Gateway:
         self.head_limits = self.limits.head
         self.heads = FamiliarHeads(self.head_limits)
         self._access_log = AccessLog()
-        self.spool_dir = spool_dir or Path(tempfile.gettempdir())
+        self.spool = Spool(spool_dir or Path(tempfile.gettempdir()), self.limits.spool_budget_bytes)
         self.on_record = on_record
         self.draining = False
         self.inflight = Inflight()

@@ -7,14 +7,13 @@ not know: keys, queues, connections.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 from vllm_bootstrap.errors import PayloadTooLarge, UnsupportedMediaType
 from vllm_bootstrap.gateway import bodies, headers
 from vllm_bootstrap.gateway.head import Head
 from vllm_bootstrap.gateway.limits import GatewayLimits
-from vllm_bootstrap.gateway.uploads import Upload
+from vllm_bootstrap.gateway.uploads import Spool, Upload
 from vllm_bootstrap.models.types import Rewrite
 from vllm_bootstrap.serving import EngineRoute, Instance, RequestClass
 
@@ -60,7 +59,7 @@ class Intake(Protocol):
         """Free what is held. Idempotent."""
 
 
-def make_intake(head: Head, route: EngineRoute, limits: GatewayLimits, spool_dir: Path) -> Intake:
+def make_intake(head: Head, route: EngineRoute, limits: GatewayLimits, spool: Spool) -> Intake:
     """What fits this request. Raises ``ApiError`` for a body that is refused unread."""
     most = limits.max_upload_bytes if route.multipart else limits.max_body_bytes
     if head.content_length is not None and head.content_length > most:
@@ -71,7 +70,7 @@ def make_intake(head: Head, route: EngineRoute, limits: GatewayLimits, spool_dir
     if encoding is not None and encoding.lower() != b"identity":
         raise UnsupportedMediaType("Compressed bodies are not taken", param="content-encoding")
     if route.multipart:
-        return FormIntake(Upload(head.first(b"content-type") or b"", max_bytes=most, spool_dir=spool_dir))
+        return FormIntake(Upload(head.first(b"content-type") or b"", max_bytes=most, spool=spool))
     return JsonIntake(most)
 
 

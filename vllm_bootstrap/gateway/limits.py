@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from vllm_bootstrap.gateway.head import HeadLimits
 from vllm_bootstrap.serving import RequestClass
 
-KIB, MIB = 1024, 1024 * 1024
+KIB, MIB, GIB = 1024, 1024**2, 1024**3
 
 MIN_BODY_RATE = 16 * KIB
 """Bytes a second below which a body counts as stalled; each received byte buys time at this rate."""
@@ -24,8 +24,9 @@ LINGER_S = 2.0
 class GatewayLimits:
     """Sizes in bytes, times in seconds. ``max_control_body_bytes`` bounds bodies of the control plane,
     ``max_file_body_bytes`` and ``max_adapter_body_bytes`` those that bring a file or an adapter to it and are never
-    held whole, ``body_budget_bytes`` all JSON bodies of the data plane held at once. ``revoked_keys_cut_streams``: what
-    already runs ends too when its key is revoked or loses rights, not only what waits."""
+    held whole, ``body_budget_bytes`` all JSON bodies of the data plane held at once, ``spool_budget_bytes`` all its
+    uploads. ``revoked_keys_cut_streams``: what already runs ends too when its key is revoked or loses rights, not only
+    what waits."""
 
     max_header_bytes: int = 64 * KIB
     max_header_count: int = 100
@@ -39,6 +40,7 @@ class GatewayLimits:
     max_adapter_body_bytes: int = 4096 * MIB + FILE_FORM_BYTES
     max_upload_bytes: int = 512 * MIB
     body_budget_bytes: int = 1024 * MIB
+    spool_budget_bytes: int = 8 * GIB
     write_stall_timeout_s: float = 300
     upstream_connect_timeout_s: float = 5
     upstream_first_byte_timeout_s: float = 1800

@@ -3,7 +3,8 @@
 Invariant: what is sent on is byte for byte what came in, and only after all of it was read: a slow upload holds no
 engine slot, no field is seen by the engine that was not judged here, and a stale connection can be answered by sending
 again. At most ``MEMORY_BYTES`` of it (and one read more) are in memory; files are written and read off the event loop.
-Must not know: engines, keys, connections.
+All of them together are bounded too (``Spool``): each counts from its first byte until it is closed. Must not know:
+engines, keys, connections.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import IO
 
-from vllm_bootstrap.errors import BadRequest, PayloadTooLarge
+from vllm_bootstrap.errors import BadRequest, PayloadTooLarge, Unavailable
 from vllm_bootstrap.gateway.bodies import REFUSED
 from vllm_bootstrap.gateway.multipart import SLICE_BYTES, Form, Part
 
@@ -24,16 +25,32 @@ _READ = 256 * 1024
 _JUDGED = frozenset({"model", "service_tier", "stream"})
 
 
+class Spool:
+    """Where uploads wait: a folder, and how many bytes all of them may have together. ``held``: how many they have."""
+
+    def __init__(self, folder: Path, most_bytes: int) -> None:
+        self.folder = folder
+        self.held = 0
+        self._most_bytes = most_bytes
+
+    def add(self, size: int) -> None:
+        """Count ``size`` more bytes; counted they are in any case. Raises ``Unavailable`` when it is too much."""
+        self.held += size
+        if self.held > self._most_bytes:
+            raise Unavailable("Too many large uploads are under way", retry_after=1)
+
+
 class Upload:
     """Feed it pieces as they come; ``digest`` while ``has_backlog`` says so, also before ``finish`` at the end; then
     ``fields`` holds the judged plain fields and ``chunks`` gives the bytes back. ``close`` always, it removes the
     file."""
 
-    def __init__(self, content_type: bytes, *, max_bytes: int, spool_dir: Path) -> None:
+    def __init__(self, content_type: bytes, *, max_bytes: int, spool: Spool) -> None:
         self.size = 0
         self.fields: dict[str, str] = {}
         self._max_bytes = max_bytes
-        self._spool_dir = spool_dir
+        self._spool = spool
+        self._closed = False
         self._pieces: list[bytes] = []
         self._in_memory = 0
         self._unread: list[bytes] = []  # pieces that the parser has not seen
@@ -46,8 +63,9 @@ class Upload:
         return bool(self._unread) or self._in_memory > MEMORY_BYTES
 
     def feed(self, piece: bytes) -> None:
-        """Take one piece. Does not block. Raises ``BadRequest`` or ``PayloadTooLarge``."""
+        """Take one piece. Does not block. Raises ``BadRequest``, ``PayloadTooLarge`` or ``Unavailable``."""
         self.size += len(piece)
+        self._spool.add(len(piece))
         if self.size > self._max_bytes:
             raise PayloadTooLarge(f"The upload is larger than {self._max_bytes} bytes")
         self._pieces.append(piece)
@@ -72,8 +90,11 @@ class Upload:
 
     def _write(self, pieces: list[bytes]) -> None:
         if self._file is None:
-            self._file = tempfile.TemporaryFile(dir=self._spool_dir, prefix="upload-")  # noqa: SIM115 - see close
-        self._file.writelines(pieces)
+            self._file = tempfile.TemporaryFile(dir=self._spool.folder, prefix="upload-")  # noqa: SIM115 - see close
+            if self._closed:  # meanwhile, by the event loop, which has not seen this file
+                self._file.close()
+        if not self._closed:
+            self._file.writelines(pieces)
 
     def finish(self) -> None:
         """All pieces were fed. Raises ``BadRequest`` when the form is not complete."""
@@ -91,6 +112,9 @@ class Upload:
 
     def close(self) -> None:
         """Free memory and file. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._spool.held -= self.size
         self._pieces, self._unread = [], []
         if self._file is not None:
             self._file.close()

@@ -13,7 +13,7 @@ from tests.support.data_plane import LAUNCH, instance, request, run, running
 from tests.support.raw_upstream import RawUpstream, Visit, answer
 from vllm_bootstrap.gateway import GatewayLimits
 from vllm_bootstrap.gateway.multipart import SLICE_BYTES
-from vllm_bootstrap.gateway.uploads import Upload
+from vllm_bootstrap.gateway.uploads import Spool, Upload
 
 PATH = "/v1/audio/transcriptions"
 TYPE = ("Content-Type", 'multipart/form-data; boundary="b-1"')
@@ -99,7 +99,7 @@ def test_others_go_on_while_a_body_full_of_near_boundaries_is_read() -> None:
 
     async def main() -> None:
         piece = b"\r\n--b-\x00" * 37_000
-        upload = Upload(b"multipart/form-data; boundary=b", max_bytes=1 << 20, spool_dir=Path())
+        upload = Upload(b"multipart/form-data; boundary=b", max_bytes=1 << 20, spool=Spool(Path(), 1 << 20))
         upload.feed(b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n')
         assert not upload.has_backlog  # what is small is read at once
         upload.feed(piece)
@@ -222,6 +222,57 @@ def test_a_disk_that_takes_nothing(tmp_path: Path) -> None:
             assert small.status == 200  # it needs no disk
 
     run(main())
+
+
+def test_all_uploads_together_are_bounded(tmp_path: Path) -> None:
+    """In memory or on disk; room that was taken is free again however an upload ends."""
+    large = request("POST", PATH, raw_body=form(MODEL, part("file", b"x" * 3_000_000, file=True)), headers=[TYPE])
+
+    async def main() -> None:
+        limits = GatewayLimits(spool_budget_bytes=4_000_000)
+        spool = tmp_path / "spool"
+        spool.mkdir()
+        async with running(spool, limits) as plane, RawUpstream(tmp_path / "e").running() as engine:
+            plane.announce(instance(engine.endpoint))
+            held = plane.gateway.spool
+            async with plane.wire() as slow, plane.wire() as other:
+                await slow.send(large[:-20])
+                await eventually(lambda: held.held > 2_900_000)
+                await other.send(large[:1_500_000])
+                reply = await other.reply()
+                assert (reply.status, reply.code) == (503, "overloaded")
+                assert reply.header("retry-after") == "1"
+                await eventually(lambda: held.held < 3_100_000)
+                small = await plane.ask("POST", PATH, raw_body=form(MODEL, FILE), headers=[TYPE])
+                assert small.status == 200
+                await slow.send(large[-20:])
+                assert (await slow.reply()).status == 200
+            await eventually(lambda: held.held == 0)
+            async with plane.wire() as leaver:
+                await leaver.send(large[:-20])
+                await eventually(lambda: held.held > 2_900_000)
+            await eventually(lambda: held.held == 0 and not plane.gateway.connections)
+            async with plane.wire() as wire:
+                await wire.send(large)
+                assert (await wire.reply()).status == 200
+            assert held.held == 0
+            assert len(engine.requests) == 3
+
+    run(main())
+
+
+def test_a_file_that_is_made_while_its_upload_is_given_up_is_closed(tmp_path: Path) -> None:
+    """A thread makes it, and the client may be gone by then."""
+    spool = Spool(tmp_path, 1 << 30)
+    upload = Upload(b"multipart/form-data; boundary=b", max_bytes=1 << 30, spool=spool)
+    upload.feed(b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n' + b"x" * 2_000_000)
+    upload.close()
+    upload._write([b"x"])
+    assert upload._file is not None
+    assert upload._file.closed
+    assert spool.held == 0
+    upload.close()
+    assert spool.held == 0
 
 
 def test_an_engine_that_answers_before_it_has_the_whole_upload(tmp_path: Path) -> None:
