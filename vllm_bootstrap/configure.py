@@ -102,6 +102,7 @@ def gateway_limits(settings: Settings) -> GatewayLimits:
         spool_budget_bytes=settings.spool_budget_bytes,
         max_file_body_bytes=settings.file_max_bytes + FILE_FORM_BYTES,
         max_adapter_body_bytes=settings.adapter_max_bytes + FILE_FORM_BYTES,
+        client_dead_after_s=settings.client_dead_after_s,
         write_stall_timeout_s=settings.write_stall_timeout_s,
         upstream_connect_timeout_s=settings.upstream_connect_timeout_s,
         upstream_first_byte_timeout_s=settings.upstream_first_byte_timeout_s,

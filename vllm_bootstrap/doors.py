@@ -59,7 +59,7 @@ def listen(settings: Settings) -> socket.socket:
         listener = socket.socket(family, kind, proto)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            _detect_dead_peers(listener)
+            _notice_dead_clients(listener, settings.client_dead_after_s)
             listener.bind(address)
         except OSError:
             listener.close()
@@ -69,12 +69,26 @@ def listen(settings: Settings) -> socket.socket:
     return listener
 
 
-def _detect_dead_peers(listener: socket.socket) -> None:
-    """A client whose machine vanished must not hold an engine for hours. On Linux accepted connections inherit this."""
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+def _notice_dead_clients(listener: socket.socket, after_s: float) -> None:
+    """A client whose machine vanished must not hold an engine until its answer ends. Linux lets every accepted
+    connection inherit this; elsewhere what the system's own defaults are must do."""
+    # No TCP_USER_TIMEOUT: it would also end a connection whose other end is alive and does not read, which has a limit
+    # of its own (write_stall_timeout_s). What it would be good for, gateway/hearing.py does.
+    names = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT")
+    if after_s and all(hasattr(socket, name) for name in names):
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in zip(names, probing(after_s), strict=True):
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def probing(after_s: float) -> tuple[int, int, int]:
+    """When a silent connection is asked whether its other end is there: seconds until the first probe, seconds between
+    probes, probes without an answer that end it. Together about ``after_s``, and at least the two seconds that whole
+    numbers allow."""
+    first = max(1, round(after_s / 2))
+    rest = max(1, round(after_s) - first)
+    probes = min(3, rest)
+    return first, rest // probes, probes
 
 
 def announce(settings: Settings, listener: socket.socket) -> None:

@@ -149,6 +149,7 @@ class Settings(BaseSettings):
     body_timeout_s: float = Field(60, gt=0)
     keep_alive_s: float = Field(75, gt=0)
     max_connections: int = Field(10_000, ge=1)
+    client_dead_after_s: float = Field(60, ge=0, le=3600)
     write_stall_timeout_s: float = Field(300, gt=0)
     upstream_connect_timeout_s: float = Field(5, gt=0)
     upstream_first_byte_timeout_s: float = Field(1800, gt=0)

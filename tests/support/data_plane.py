@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Coroutine, Iterable
@@ -249,11 +250,13 @@ async def running(
     queue_timeout_s: float = 30,
     allowed_hosts: Iterable[str] = (),
     tls: ssl.SSLContext | None = None,
+    listener: socket.socket | None = None,
     prospects: Prospects | None = None,
     hold_s: float = 30,
     **about_models: Any,
 ) -> AsyncIterator[Plane]:
-    """Our protocol class on a port of its own. ``about_models``: what the gateway asks about models."""
+    """Our protocol class on a port of its own, or behind ``listener``. ``about_models``: what the gateway asks about
+    models."""
     table = KEYS if keys is None else keys
     ring = KeyRing([Key(digest(token), principal) for token, principal in table.items()])
     guard = Guard(ring, Sessions(ring, lifetime_s=60), open_access=not table, allowed_hosts=allowed_hosts)
@@ -272,8 +275,9 @@ async def running(
     state = ServerState()
     server = await asyncio.get_running_loop().create_server(
         lambda: config.http_protocol_class(config=config, server_state=state, app_state={}),  # type: ignore[call-arg]
-        "127.0.0.1",
-        0,
+        host=None if listener else "127.0.0.1",
+        port=None if listener else 0,
+        sock=listener,
         backlog=2048,
         ssl=tls,
     )

@@ -88,4 +88,9 @@ def test_which_models_a_request_may_have_loaded(settings, meant):
 
 
 def test_limits_of_requests_are_what_settings_say():
-    assert gateway_limits(Settings(spool_budget_bytes=5000)).spool_budget_bytes == 5000
+    limits = gateway_limits(Settings(spool_budget_bytes=5000, client_dead_after_s=7))
+    assert (limits.spool_budget_bytes, limits.client_dead_after_s) == (5000, 7)
+    ours = {name for name in type(limits).__dataclass_fields__ if name in Settings.model_fields}
+    assert {name: getattr(limits, name) for name in ours} == {
+        name: getattr(Settings(spool_budget_bytes=5000, client_dead_after_s=7), name) for name in ours
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
@@ -25,8 +26,8 @@ class GatewayLimits:
     """Sizes in bytes, times in seconds. ``max_control_body_bytes`` bounds bodies of the control plane,
     ``max_file_body_bytes`` and ``max_adapter_body_bytes`` those that bring a file or an adapter to it and are never
     held whole, ``body_budget_bytes`` all JSON bodies of the data plane held at once, ``spool_budget_bytes`` all its
-    uploads. ``revoked_keys_cut_streams``: what already runs ends too when its key is revoked or loses rights, not only
-    what waits."""
+    uploads. ``client_dead_after_s`` 0: never. ``revoked_keys_cut_streams``: what already runs ends too when its key is
+    revoked or loses rights, not only what waits."""
 
     max_header_bytes: int = 64 * KIB
     max_header_count: int = 100
@@ -41,6 +42,7 @@ class GatewayLimits:
     max_upload_bytes: int = 512 * MIB
     body_budget_bytes: int = 1024 * MIB
     spool_budget_bytes: int = 8 * GIB
+    client_dead_after_s: float = 60
     write_stall_timeout_s: float = 300
     upstream_connect_timeout_s: float = 5
     upstream_first_byte_timeout_s: float = 1800
@@ -69,6 +71,7 @@ class GatewayLimits:
         shortest = min(
             self.header_timeout_s, self.body_timeout_s, self.keep_alive_s, self.write_stall_timeout_s,
             self.upstream_first_byte_timeout_s, self.upstream_idle_timeout_s, self.upstream_keep_alive_s,
+            self.client_dead_after_s or math.inf,
         )  # fmt: skip
         return min(1.0, shortest / 4)
 

@@ -11,6 +11,7 @@ from vllm_bootstrap.gateway import targets
 from vllm_bootstrap.gateway.exchange import Exchange
 from vllm_bootstrap.gateway.gateway import Gateway
 from vllm_bootstrap.gateway.head import Head
+from vllm_bootstrap.gateway.hearing import Hearing
 from vllm_bootstrap.gateway.relay import ByteSink
 from vllm_bootstrap.gateway.strict import StrictProtocol
 
@@ -21,6 +22,7 @@ class GatewayProtocol(StrictProtocol):
     _target: targets.ToModel | targets.ToLaunch | None = None
     _exchange: Exchange | None = None
     _tunnel: ByteSink | None = None
+    _hearing: Hearing | None = None
     _most_bytes = 0  # of the body of the app's request
 
     # Claimed requests
@@ -95,6 +97,15 @@ class GatewayProtocol(StrictProtocol):
             self._tunnel.on_client_writable()
         elif self._exchange is not None:
             self._exchange.on_client_writable()
+
+    def tick(self, now: float) -> None:
+        super().tick(now)
+        dead_after_s = self.gateway.limits.client_dead_after_s
+        if self._answer_open and dead_after_s and not self.transport.is_closing():
+            if self._hearing is None:
+                self._hearing = Hearing(dead_after_s)
+            if self._hearing.is_lost(self.transport, now):
+                self.transport.abort()  # connection_lost tells whoever is concerned
 
     def stop(self) -> None:
         if self._exchange is not None:
