@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -266,6 +267,43 @@ def test_a_client_that_stops_reading_is_cut(tmp_path: Path) -> None:
             await asyncio.wait_for(gone.wait(), 10)
             assert plane.in_use() == 0
             assert plane.records[-1].code == "client_cancelled"
+
+    run(main())
+
+
+def test_a_stream_outlasts_every_limit_as_long_as_it_goes_on(tmp_path: Path) -> None:
+    """No limit is on the whole of an answer: as here for a few seconds, so with the usual limits for hours."""
+    limits = GatewayLimits(
+        header_timeout_s=0.3, body_timeout_s=0.3, keep_alive_s=0.3, write_stall_timeout_s=0.3, client_dead_after_s=0.3,
+        upstream_connect_timeout_s=0.3, upstream_first_byte_timeout_s=0.3, upstream_idle_timeout_s=0.3,
+        upstream_keep_alive_s=0.3,
+    )  # fmt: skip
+    times = [value for item in fields(limits) if item.name.endswith("_s") for value in [getattr(limits, item.name)]]
+    assert max(times) < 1
+    lasts_s = 2 * sum(times)
+    events: list[bytes] = []
+
+    async def script(visit: Visit) -> None:
+        await visit.send(EVENTS)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while loop.time() - began < lasts_s:
+            events.append(b"data: %d\n\n" % len(events))
+            await visit.send(chunk(events[-1]))
+            await asyncio.sleep(0.02)
+        events.append(b"data: [DONE]\n\n")
+        await visit.send(chunk(events[-1]), LAST_CHUNK)
+
+    async def main() -> None:
+        async with (
+            running(tmp_path, limits, queue_timeout_s=0.3, hold_s=0.3) as plane,
+            RawUpstream(tmp_path / "e", script).running() as engine,
+        ):
+            plane.announce(instance(engine.endpoint))
+            reply = await plane.ask(body={"model": "model", "prompt": "x", "stream": True})
+            assert (reply.status, reply.body) == (200, b"".join(events))
+            assert [record.code for record in plane.records] == [None]
+            assert plane.records[0].duration_s >= lasts_s
 
     run(main())
 
