@@ -26,7 +26,7 @@ Every arriving request meets exactly one of these:
 6. a place is free and nobody waits for it before         -> Grant
 7. its turn comes before all that wait                    -> Grant
 8. the model's queue is full                              -> QueueFull, for the youngest batch ones if it is realtime
-                                                             (a batch request may wait if no other of batch does)
+                                                             (but a key's only batch one may always wait)
 9. otherwise it waits
 
 A launch with room asks, whenever something changes:

@@ -1,7 +1,7 @@
 """How much of a launch batch may use right now. PURE: events with their time in, an allowance out.
 
-Invariant: the allowance is between 0 and slots minus the realtime reserve; batch gets its floor in every minute
-(``overdue``); and some seconds after the last realtime request the allowance is back at its top.
+Invariant: the allowance is between 0 and slots minus the realtime reserve; batch that waits is due after a minute
+without any (``overdue``); and some seconds after the last realtime request the allowance is back at its top.
 
 The allowance, the first case that applies (docs/scheduling.md has the reasons):
 
@@ -18,7 +18,7 @@ Beside the number:
 4. pacing: while realtime is active one batch prompt is let in after the other, not just before a realtime answer
    begins, and with rests where they make realtime late nevertheless (``budget_pacing``)
 5. taking back: while realtime is active, what runs beyond one and a half times the allowance
-6. the floor: batch has had too little of this minute -> one request may go although realtime waits (``budget_floor``)
+6. the floor: batch has had too little for a minute   -> one request may go although realtime waits (``budget_floor``)
 
 Nothing here knows clocks, engines or who the requests belong to.
 """
@@ -49,7 +49,7 @@ TOLD_REST_S = 1.0
 @dataclass(frozen=True, slots=True)
 class BudgetPolicy:
     """``reserve_share``: the part of all slots that is kept free for realtime to come. ``floor_share``: the part of
-    each minute for which one batch request runs, come what may. ``ttft_factor``: how much later than without batch a
+    the time for which batch that wants to runs, come what may. ``ttft_factor``: how much later than without batch a
     realtime answer may begin. ``idle_after_s``: the shortest time after its last sign of life that realtime counts as
     active. ``pacing``, ``cap``: whether cases 4 and 3c are in force (the bench measures without)."""
 

@@ -3,8 +3,8 @@
 Invariant: a batch request that waits is due before batch has gone without a minute, and while batch waits all the time
 and its due requests are started, batch runs for ``share`` of it. While it waits or runs it is owed ``share`` of the
 time; what runs pays that off, whether it was due or not, so that the floor costs realtime nothing as long as batch gets
-along. Never is more owed than a minute's share: then it is due, and stays so until one runs. A queue of batch that is
-empty for a moment forgets nothing; one that is empty for a minute forgets all.
+along; what one pays beyond what it owes is not kept. Never is more owed than a minute's share: then it is due, and
+stays so until one runs. A queue of batch that is empty forgets nothing for a minute, and then all.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ WINDOW_S = 60.0
 
 
 class Floor:
-    """``share``: a part of each minute, from 0 to 1."""
+    """``share``: a part of the time, from 0 to 1."""
 
     def __init__(self, share: float) -> None:
         self._share, self._most_s = share, share * WINDOW_S
@@ -40,10 +40,11 @@ class Floor:
     def _settle(self, now: float) -> None:
         """What is owed by now, at the rates that held until now."""
         passed = max(0.0, now - self._at)
-        owed = self._owed_s + passed * (self._share if self._waits or self._runs else -self._share)
-        if self._runs:
-            owed -= passed
-        self._owed_s = min(self._most_s, max(0.0, owed))
+        if self._waits or self._runs:
+            owed = self._owed_s + passed * (self._share - self._runs)
+            self._owed_s = min(self._most_s, max(0.0, owed))
+        elif passed >= WINDOW_S:
+            self._owed_s = 0.0
         self._at = max(now, self._at)
 
     def _plan(self, now: float) -> None:

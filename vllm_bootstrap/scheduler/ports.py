@@ -85,7 +85,7 @@ class BatchBudget(Protocol):
         is active. None: one may go now."""
 
     def overdue(self, now: float) -> bool:
-        """Whether batch has had less than its floor over the last minute: one batch request may go although realtime
+        """Whether batch is owed as much as its floor of a minute: one batch request may go although realtime
         waits. Whoever uses this calls ``promoted``."""
 
     def promoted(self, now: float) -> None: ...

@@ -35,14 +35,15 @@ def draining() -> ApiError:
 def queue_full(shelf: Shelf, ticket: Ticket, bounds: QueueBounds, now: float) -> ApiError:
     """Case 8: nothing is free and no more may wait. ``shelf`` as it is without the request."""
     wait = shelf.clears_in(ticket.cls, now)
-    if shelf.depth >= bounds.requests:
+    requests, held = shelf.counted(bounds)
+    if requests >= bounds.requests:
         return QueueFull(
-            f"The queue of {shelf.name!r} is full: {shelf.depth} requests are waiting, the most this server allows "
+            f"The queue of {shelf.name!r} is full: {requests} requests are waiting, the most this server allows "
             "for a model. Send it later",
             retry_after=wait,
         )
     return QueueFull(
-        f"The queue of {shelf.name!r} is full: the waiting requests hold {shelf.body_bytes / _MIB:.1f} MiB, and with "
+        f"The queue of {shelf.name!r} is full: the waiting requests hold {held / _MIB:.1f} MiB, and with "
         f"this one's {ticket.body_bytes / _MIB:.1f} that would be more than the {bounds.body_bytes / _MIB:.1f} MiB "
         "this server keeps for a model. Send it later",
         retry_after=wait,

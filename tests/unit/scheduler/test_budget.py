@@ -630,11 +630,14 @@ def test_a_queue_that_is_empty_for_a_moment_owes_what_it_owed():
     budget.batch_waits(False, 30)
     assert budget.next_change(30) is None
     budget.batch_waits(True, 31)
-    assert budget.next_change(31) == pytest.approx(31 + 30 + 1)
-    budget.batch_waits(False, 62)
+    assert budget.next_change(31) == pytest.approx(61)
+    budget.batch_waits(False, 60)
     assert not budget.overdue(63), "nobody waits"
-    budget.batch_waits(True, 122)
-    assert budget.next_change(122) == pytest.approx(182), "a minute in which nobody asked"
+    budget.batch_waits(True, 119)
+    assert budget.next_change(119) == pytest.approx(120)
+    budget.batch_waits(False, 119.5)
+    budget.batch_waits(True, 180)
+    assert budget.next_change(180) == pytest.approx(240), "a minute in which nobody asked"
 
 
 def test_a_client_that_asks_one_by_one_gets_the_floor_too():

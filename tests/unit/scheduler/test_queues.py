@@ -171,18 +171,46 @@ def test_8_realtime_takes_the_place_of_the_youngest_batch_request_in_a_full_queu
     assert list(desk.rejected) == [youngest, middle]
 
 
-def test_8_one_batch_request_may_wait_where_realtime_fills_the_queue() -> None:
+def test_8_one_batch_request_of_each_key_may_wait_where_realtime_fills_the_queue() -> None:
     desk = Desk(launch(slots=1), max_queued=2, max_queued_bytes=10 * MIB)
     desk.ask()
     desk.ask(body_bytes=5 * MIB)
     desk.ask(body_bytes=5 * MIB)
     assert isinstance(desk.refusal(), QueueFull)
-    assert isinstance(desk.refusal(cls="batch", body_bytes=11 * MIB), QueueFull), "alone more than may wait"
-    last = desk.ask(cls="batch", body_bytes=10 * MIB)
-    assert isinstance(desk.refusal(cls="batch"), QueueFull)
-    assert isinstance(desk.refusal(), QueueFull)
+    assert isinstance(desk.refusal(owner="a", cls="batch", body_bytes=11 * MIB), QueueFull), "alone more than may wait"
+    lone = [desk.ask(owner="a", cls="batch", body_bytes=6 * MIB), desk.ask(owner="b", cls="batch", body_bytes=4 * MIB)]
+    assert isinstance(desk.refusal(owner="c", cls="batch", body_bytes=1), QueueFull), "together more than may wait"
+    assert "2 requests are waiting" in desk.refusal(owner="a", cls="batch").message
+    assert "2 requests are waiting" in desk.refusal().message
     assert desk.rejected == {}
-    assert drained(desk)[-1] == last
+    assert drained(desk)[-2:] == lone
+
+
+def test_8_what_is_displaced_is_of_a_key_that_has_more_as_long_as_there_is_one() -> None:
+    desk = Desk(launch(slots=1), max_queued=3, max_queued_bytes=10 * MIB)
+    desk.ask()
+    first, second = (desk.ask(owner="many", cls="batch", body_bytes=4 * MIB) for _ in range(2))
+    lone = desk.ask(owner="one", cls="batch", body_bytes=6 * MIB)
+    desk.ask()
+    desk.ask()
+    assert list(desk.rejected) == [second]
+    desk.ask(body_bytes=MIB)
+    assert list(desk.rejected) == [second]
+    desk.cancel(first)
+    big = desk.ask(owner="many", cls="batch", body_bytes=4 * MIB)
+    assert isinstance(desk.refusal(), QueueFull)
+    assert sorted(drained(desk)[-2:]) == [lone, big]
+
+
+def test_8_lone_batch_requests_that_have_become_too_large_together_count_again() -> None:
+    desk = Desk(launch(slots=1), max_queued=3, max_queued_bytes=10 * MIB)
+    desk.ask()
+    lone = desk.ask(owner="one", cls="batch", body_bytes=6 * MIB)
+    first, second = desk.ask(owner="two", cls="batch"), desk.ask(owner="two", cls="batch", body_bytes=10 * MIB)
+    desk.cancel(first)  # two of one request each now, which hold 16 MiB together
+    desk.ask()
+    assert list(desk.rejected) == [second]
+    assert drained(desk)[-1] == lone
 
 
 def test_8_who_waited_behind_what_is_displaced_gets_its_turn() -> None:
