@@ -1,16 +1,19 @@
-"""Settings of the catalogue and of one-model mode, as the models they mean."""
+"""Settings as the plain values that inner parts work with: models they mean, and numbers of the data plane."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vllm_bootstrap.configure import catalogue, gateway_limits, one_model
+from vllm_bootstrap.configure import budget_policy, catalogue, gateway_limits, one_model
 from vllm_bootstrap.engines import build_engines
+from vllm_bootstrap.gateway.limits import FILE_FORM_BYTES, GatewayLimits
 from vllm_bootstrap.models.parsing import CatalogueError
 from vllm_bootstrap.models.types import GpuNeed, ModelEntry
+from vllm_bootstrap.scheduler.budget import Budget, BudgetPolicy
 from vllm_bootstrap.settings import Settings
 
 QWEN = "Qwen/Qwen2.5-3B-Instruct"
@@ -94,3 +97,88 @@ def test_limits_of_requests_are_what_settings_say():
     assert {name: getattr(limits, name) for name in ours} == {
         name: getattr(Settings(spool_budget_bytes=5000, client_dead_after_s=7), name) for name in ours
     }
+
+
+# -- realtime and batch on one engine ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "field"),
+    [
+        ("realtime_reserve", 0.3, "reserve_share"), ("batch_floor", 0.2, "floor_share"),
+        ("realtime_ttft_factor", 2.5, "ttft_factor"),
+    ],
+)  # fmt: skip
+def test_each_setting_of_the_batch_budget_is_one_field_and_no_other(monkeypatch, setting, value, field):
+    assert budget_policy(Settings()) == BudgetPolicy()
+    monkeypatch.setenv(f"VLLM_BOOTSTRAP_{setting.upper()}", str(value))
+    assert budget_policy(Settings()) == replace(BudgetPolicy(), **{field: value})
+
+
+def budget(slots: int, **settings: Any) -> Budget:
+    return Budget(budget_policy(Settings(**settings)), slots)
+
+
+def test_the_reserve_is_what_batch_leaves_free():
+    assert [budget(20, realtime_reserve=share).allowance(0) for share in (0.1, 0.5, 0.9)] == [18, 10, 2]
+
+
+def test_a_floor_of_nothing_lets_batch_starve_and_any_other_does_not():
+    def ever_due(share: float) -> bool:
+        waits = budget(4, batch_floor=share)
+        waits.batch_waits(True, 0)
+        return any(waits.overdue(now) for now in range(300))
+
+    assert [ever_due(share) for share in (0, 0.05, 1)] == [False, True, True]
+
+
+@pytest.mark.parametrize(("factor", "bears_it"), [(1.5, False), (4, True)])
+def test_the_factor_says_how_much_later_realtime_may_begin(factor, bears_it):
+    """A quarter later than alone: with the one factor that is too much batch, with the other there is room for more."""
+    now, alone_s = 0.0, 0.010
+    judged = budget(128, realtime_ttft_factor=factor)
+    for _ in range(2):  # what it is like alone is believed when it was heard twice, some time apart
+        for _ in range(32):
+            judged.realtime_arrived(now)
+            judged.realtime_began(alone_s, now)
+            now += 0.1
+        now += 20
+    judged.realtime_arrived(now)
+    before = judged.allowance(now)
+    for request in range(before):
+        judged.batch_granted(request, 1, 100, now)
+    for _ in range(8):
+        now += 0.1
+        judged.realtime_arrived(now)
+        judged.realtime_began(1.25 * alone_s, now)
+    assert (judged.allowance(now) > before) is bears_it
+
+
+# -- the data plane ----------------------------------------------------------------------------------------------------
+
+SAME_NAMES = [name for name in GatewayLimits.__dataclass_fields__ if name in Settings.model_fields]
+
+
+@pytest.mark.parametrize("name", SAME_NAMES)
+def test_each_limit_of_the_data_plane_is_the_setting_of_its_name(name):
+    value = True if name == "revoked_keys_cut_streams" else 4321
+    assert gateway_limits(Settings(**{name: value})) == replace(gateway_limits(Settings()), **{name: value})
+
+
+def test_limits_of_the_data_plane_without_settings_and_those_of_forms_with_a_file():
+    assert gateway_limits(Settings()) == GatewayLimits()
+    found = gateway_limits(Settings(file_max_bytes=5000, adapter_max_bytes=6000))
+    assert found.max_file_body_bytes == 5000 + FILE_FORM_BYTES
+    assert found.max_adapter_body_bytes == 6000 + FILE_FORM_BYTES
+
+
+QUEUE_NAMES = ("MAX_CONCURRENT_REQUESTS", "MAX_IN_FLIGHT_REQUESTS", "VLLM_BOOTSTRAP_MAX_IN_FLIGHT_REQUESTS")
+
+
+def test_the_length_of_the_queue_has_three_names_of_which_the_newer_wins(monkeypatch):
+    for name in QUEUE_NAMES:
+        monkeypatch.delenv(name, raising=False)
+    assert Settings().max_in_flight_requests == 100
+    for number, name in enumerate(QUEUE_NAMES, 7):
+        monkeypatch.setenv(name, str(number))
+        assert Settings().max_in_flight_requests == number, name
