@@ -19,6 +19,7 @@ from tests.support.raw_upstream import EVENTS, LAST_CHUNK, RawUpstream, Visit, a
 from vllm_bootstrap.auth.keys import Key
 from vllm_bootstrap.auth.types import Principal
 from vllm_bootstrap.gateway import GatewayLimits, revive
+from vllm_bootstrap.gateway.entry import REPLAYED_BYTES
 from vllm_bootstrap.serving import Endpoint
 
 OTHER = "l00000000000000000002"
@@ -196,6 +197,54 @@ def test_batch_makes_room_before_its_first_byte(tmp_path: Path, heads: bool) -> 
             assert engine.requests[0].body == engine.requests[2].body
             await leaves_nothing(plane)
             assert len(plane.records) == 2
+
+    run(main())
+
+
+def completion(size: int) -> bytes:
+    """The body of a completion, so many bytes long."""
+    body = json.dumps({"model": "model", "prompt": ""}).encode()
+    return body[:-2] + b"x" * (size - len(body)) + body[-2:]
+
+
+FORM = (
+    b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nmodel\r\n'
+    b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\nx\r\n--b--\r\n'
+)
+NOT_KEPT = {
+    "a body that is too long": request(raw_body=completion(REPLAYED_BYTES + 1), key="sk-batch"),
+    "a form": request(
+        path="/v1/audio/transcriptions", raw_body=FORM, key="sk-batch",
+        headers=[("Content-Type", "multipart/form-data; boundary=b")],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NOT_KEPT)
+def test_batch_whose_body_is_not_kept_stays_where_another_makes_room(tmp_path: Path, what: str) -> None:
+    """It came last, so that it would be the first to go."""
+    go = asyncio.Event()
+
+    async def script(visit: Visit) -> None:
+        if visit.header(b"x-vllm-priority") == [b"100"]:
+            await go.wait()
+        await visit.send(answer())
+
+    async def main() -> None:
+        async with running(tmp_path) as plane, RawUpstream(tmp_path / "e", script).running() as engine:
+            plane.announce(instance(engine.endpoint, slots=3))  # two for batch, one is in reserve
+            async with plane.wire() as kept, plane.wire() as not_kept:
+                await kept.send(request(raw_body=completion(REPLAYED_BYTES), key="sk-batch"))
+                await eventually(lambda: len(engine.requests) == 1)
+                await not_kept.send(NOT_KEPT[what])
+                await eventually(lambda: len(engine.requests) == 2)
+                assert (await plane.ask()).status == 200
+                states = plane.gateway.inflight.list
+                await eventually(lambda: states()[0].state == "queued")
+                assert [one.state for one in states()] == ["queued", "running"]
+                go.set()
+                assert (await not_kept.reply()).status == 200
+            await leaves_nothing(plane)
 
     run(main())
 
