@@ -10,14 +10,28 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from tests.support.budgets import HandBudget
 from vllm_bootstrap.auth.types import Principal
-from vllm_bootstrap.errors import ApiError, BadRequest, ConcurrencyLimit, QueueFull, TooManyRequests
+from vllm_bootstrap.errors import (
+    ApiError,
+    BadRequest,
+    ConcurrencyLimit,
+    Draining,
+    LaunchNotReady,
+    ModelLoading,
+    ModelNotFound,
+    NotFound,
+    QueueFull,
+    TooManyRequests,
+    Unavailable,
+)
 from vllm_bootstrap.scheduler.admission import Admission
 from vllm_bootstrap.scheduler.capacity import MAX_TAKEN_BACK
-from vllm_bootstrap.scheduler.tickets import ByLaunch, ByModel, Effect, Grant, Revoke, Target, Ticket, Usage
+from vllm_bootstrap.scheduler.ports import EngineSignals
+from vllm_bootstrap.scheduler.tickets import ByLaunch, ByModel, Effect, Grant, Reject, Revoke, Target, Ticket, Usage
 from vllm_bootstrap.serving import Advert, Endpoint, Instance, RequestClass
 
 MAX_QUEUED, MAX_BYTES, TOKENS, ENQUEUED, A_MINUTE = 4, 30, 40, 25, 5
 LAUNCHES = {"a": (("m",), "g"), "b": (("m", "n"), "g"), "c": (("n",), "c")}
+COUNTED_UNDER = {"a": "m", "b": "m", "g": "m", "c": "n"}
 BASES = {"a": "open/1", "b": "secret/2", "c": "open/3"}
 SCOPES = frozenset({"realtime", "batch"})
 PRINCIPALS = {
@@ -64,6 +78,11 @@ class Seen:
         return -self.ticket.priority, self.id
 
     @property
+    def model(self) -> str:
+        """In whose queue it counts."""
+        return self.target.name if isinstance(self.target, ByModel) else COUNTED_UNDER[self.target.id]
+
+    @property
     def tokens(self) -> int:
         return self.ticket.prompt_tokens + self.ticket.output_tokens
 
@@ -76,7 +95,8 @@ class AdmissionMachine(RuleBasedStateMachine):
         self.budgets: dict[str, HandBudget] = {}
         self.slots: dict[str, int] = {}
         self.ejected: set[str] = set()
-        self.known: set[str] = set()
+        self.retired: set[str] = set()
+        self.states: dict[str, str] = {}
         self.waiting: list[Seen] = []
         self.running: dict[int, Seen] = {}
         self.ended: set[int] = set()
@@ -97,11 +117,22 @@ class AdmissionMachine(RuleBasedStateMachine):
         names, group = LAUNCHES[launch]
         return target.name in names if isinstance(target, ByModel) else target.id in (launch, group)
 
-    def may_run(self, launch: str, target: Target, ticket: Ticket) -> bool:
+    def may_see(self, launch: str, target: Target, ticket: Ticket) -> bool:
         principal = ticket.principal
         name = target.name if isinstance(target, ByModel) else LAUNCHES[launch][0][0]
         allowed = principal is None or principal.may_use(name, BASES[launch])
-        return launch in self.slots and launch not in self.ejected and self.answers(launch, target) and allowed
+        return self.answers(launch, target) and allowed
+
+    @property
+    def open(self) -> set[str]:
+        """Launches that new requests go to."""
+        return self.slots.keys() - self.ejected - self.retired
+
+    def may_run(self, launch: str, target: Target, ticket: Ticket) -> bool:
+        return launch in self.open and self.may_see(launch, target, ticket)
+
+    def pool(self, one: Seen) -> list[str]:
+        return [launch for launch in LAUNCHES if self.may_run(launch, one.target, one.ticket)]
 
     def waits_for(self, launch: str, cls: RequestClass) -> list[Seen]:
         return [o for o in self.waiting if o.ticket.cls == cls and self.may_run(launch, o.target, o.ticket)]
@@ -152,9 +183,55 @@ class AdmissionMachine(RuleBasedStateMachine):
         one.launch, one.promoted, one.began, one.kept = launch, effect.promoted, False, False
         self.running[one.id] = one
 
-    def follow(self) -> None:
+    def follow(self, arrived: Seen | None = None, due: int | None = None, *, drains: bool = False) -> None:
+        """``arrived``: who has come just now, ``due``: whose deadline has, ``drains``: the daemon stops. That is why
+        somebody else may be refused who waits; beside that, only because nobody can serve him any more."""
         for effect in self.admission.take_effects():
+            if isinstance(effect, Reject):
+                self.check_rejected(effect, arrived, due, drains=drains)
             self.follow_one(effect)
+
+    def check_rejected(self, effect: Reject, arrived: Seen | None, due: int | None, *, drains: bool) -> None:
+        one, error = next(one for one in self.waiting if one.id == effect.request), effect.error
+        if drains:
+            assert type(error) is Draining
+        elif one.id == due:
+            assert type(error) is Unavailable
+        elif isinstance(error, QueueFull):
+            assert arrived is not None
+            self.check_displaced(one, arrived)
+        else:
+            self.check_nobody_serves(error, one)
+        assert error.retry_after is not None or error.status not in (429, 503)
+
+    def queue_of(self, model: str) -> list[Seen]:
+        return [one for one in self.waiting if one.model == model]
+
+    def check_displaced(self, one: Seen, arrived: Seen) -> None:
+        """Only by realtime, only as long as too much waits, and only whoever of batch came last and never had a
+        place."""
+        assert arrived.ticket.cls == "realtime"
+        assert arrived.model == one.model
+        waiting = self.queue_of(one.model)
+        assert arrived in waiting
+        assert len(waiting) > MAX_QUEUED or sum(o.ticket.body_bytes for o in waiting) > MAX_BYTES
+        new = [o for o in waiting if o.ticket.cls == "batch" and o.launch is None]
+        assert one is max(new, key=lambda o: o.id)
+
+    def check_nobody_serves(self, refusal: ApiError, one: Seen) -> None:
+        """Cases 2 and 3, said according to what is known of the launches that it is for."""
+        assert not self.pool(one), f"{refusal!r} though {self.pool(one)} could serve it"
+        seen = [self.states[name] for name in self.states if self.may_see(name, one.target, one.ticket)]
+        alive = {state for state in seen if state != "failed"}
+        said: set[type[ApiError]]
+        if isinstance(one.target, ByModel):
+            by_state = {"bootstrapping": ModelLoading, "ready": Unavailable, "stopping": Draining}
+            said = {next((error for state, error in by_state.items() if state in alive), ModelNotFound)}
+        elif alive:  # of a group's launches any may be spoken of
+            said = {Unavailable if state == "ready" else LaunchNotReady for state in alive}
+        else:
+            said = {LaunchNotReady if seen else NotFound}
+        assert type(refusal) in said
 
     def follow_one(self, effect: Effect) -> None:
         assert effect.request not in self.ended
@@ -196,9 +273,14 @@ class AdmissionMachine(RuleBasedStateMachine):
         self.ready("a", slots)
         self.ready("b", 3)
 
-    @rule(launch=st.sampled_from(sorted(LAUNCHES)), slots=st.integers(0, 4), state=st.sampled_from([*STATES, None]))
-    def launch_changes(self, launch: str, slots: int, state: str | None) -> None:
-        if slots:
+    @rule(
+        launch=st.sampled_from(sorted(LAUNCHES)),
+        serves=st.booleans(),
+        slots=st.integers(1, 4),
+        state=st.sampled_from([*STATES, None]),
+    )
+    def launch_changes(self, launch: str, serves: bool, slots: int, state: str | None) -> None:
+        if serves:
             self.ready(launch, slots)
         elif state is not None:
             self.withdrawn(launch, state)
@@ -213,12 +295,16 @@ class AdmissionMachine(RuleBasedStateMachine):
 
     def withdrawn(self, launch: str, state: str) -> None:
         names, group = LAUNCHES[launch]
-        self.slots.pop(launch, None)
-        self.ejected.discard(launch)
+        self.gone(launch)
         self.say(launch, Advert(launch, group, BASES[launch], names, state))
 
+    def gone(self, launch: str) -> None:
+        self.slots.pop(launch, None)
+        self.ejected.discard(launch)
+        self.retired.discard(launch)
+
     def say(self, launch: str, advert: Advert) -> None:
-        self.known.add(launch)
+        self.states[launch] = advert.state
         self.fresh.clear()
         self.admission.update(advert, self.now)
         if self.fresh:
@@ -227,9 +313,8 @@ class AdmissionMachine(RuleBasedStateMachine):
         self.every_place_is_made()
 
     def forgotten_launch(self, launch: str) -> None:
-        self.slots.pop(launch, None)
-        self.ejected.discard(launch)
-        self.known.discard(launch)
+        self.gone(launch)
+        self.states.pop(launch, None)
         self.forgotten |= {one.id for one in self.running.values() if one.launch == launch}
         self.admission.forget(launch, self.now)
         self.follow()
@@ -239,13 +324,46 @@ class AdmissionMachine(RuleBasedStateMachine):
     def connections_fail_or_work(self, launch: str, out: bool) -> None:
         if out:
             news = self.admission.eject(launch, self.now) is not None
-            assert news == (launch in self.slots and launch not in self.ejected)
-            if launch in self.slots:
+            assert news == (launch in self.open)
+            if news:
                 self.ejected.add(launch)
         else:
             self.ejected.discard(launch)
             self.admission.readmit(launch, self.now)
         self.follow()
+
+    @rule(launch=st.sampled_from(sorted(LAUNCHES)), away=st.booleans())
+    def is_put_away_or_needed_after_all(self, launch: str, away: bool) -> None:
+        before = set(self.retired)
+        if away:
+            self.admission.retire(launch, self.now)
+            self.retired |= self.slots.keys() & {launch}
+        else:
+            self.admission.restore(launch, self.now)
+            self.retired.discard(launch)
+        self.follow()
+        if self.retired != before:
+            self.every_place_is_made()
+
+    @rule(launch=st.sampled_from(sorted(LAUNCHES)), too_many=st.integers(0, 3), due=st.booleans())
+    def engines_say_how_they_are(self, launch: str, too_many: int, due: bool) -> None:
+        budget = self.budgets.get(launch)
+        if budget is not None:
+            budget.too_many, budget.due = too_many, self.now if due else None
+        before = self.on(launch)
+        self.admission.signals(launch, EngineSignals(running=1), self.now)
+        self.follow()
+        if budget is not None and launch in self.states:
+            assert budget.of("signals")[-1] == (EngineSignals(running=1), self.now)
+            self.what_is_too_much_comes_back(launch, before)
+
+    def what_is_too_much_comes_back(self, launch: str, before: list[Seen]) -> None:
+        """Or nothing more could be taken back, of what ran there before."""
+        budget = self.budgets[launch]
+        coming = sum(one.cost for one in self.on(launch) if one.returning)
+        if launch in self.states:
+            assert coming >= budget.too_many or not any(self.may_be_taken_back(one) for one in before)
+        budget.too_many = 0
 
     @rule(
         launch=st.sampled_from(sorted(LAUNCHES)),
@@ -263,8 +381,9 @@ class AdmissionMachine(RuleBasedStateMachine):
             budget.most, budget.reserve, budget.too_many = most, reserve, too_many
             budget.paced = None if paced is None else self.now + paced
             budget.due = self.now if due else None
+            before = self.on(launch)
             self.tick()
-            budget.too_many = 0
+            self.what_is_too_much_comes_back(launch, before)
 
     @rule(passed=st.floats(0, 40))
     def time_passes(self, passed: float) -> None:
@@ -283,7 +402,7 @@ class AdmissionMachine(RuleBasedStateMachine):
     def arrives(self, target: Target, ticket: Ticket) -> None:
         self.last_id += 1
         one = Seen(self.last_id, target, ticket)
-        pool = [launch for launch in LAUNCHES if self.may_run(launch, target, ticket)]
+        pool = self.pool(one)
         try:
             grant = self.admission.request(self.last_id, target, ticket, self.now)
         except ApiError as refusal:
@@ -297,7 +416,7 @@ class AdmissionMachine(RuleBasedStateMachine):
         if grant is not None:
             self.grant(one, grant)
         self.last_taken_back = None
-        self.follow()
+        self.follow(arrived=one)
         if grant is None and ticket.cls == "realtime":
             self.room_is_made(pool)
 
@@ -318,14 +437,14 @@ class AdmissionMachine(RuleBasedStateMachine):
 
     def another_place_is_made(self, launch: str | None) -> None:
         """One there stays although it was taken back."""
-        if launch in self.slots.keys() - self.ejected:
+        if launch in self.open:
             self.room_beyond_need([str(launch)])
 
     def every_place_is_made(self) -> None:
         """Launches have changed."""
         for one in self.waiting:
             if one.ticket.cls == "realtime":
-                self.room_beyond_need([name for name in LAUNCHES if self.may_run(name, one.target, one.ticket)])
+                self.room_beyond_need(self.pool(one))
 
     def held(self, owner: str) -> list[Seen]:
         return [one for one in [*self.waiting, *self.running.values()] if one.ticket.owner == owner]
@@ -349,8 +468,9 @@ class AdmissionMachine(RuleBasedStateMachine):
         if isinstance(refusal, ConcurrencyLimit):
             assert len(self.held("two")) >= 2
         elif isinstance(refusal, QueueFull):
-            sizes = sum(o.ticket.body_bytes for o in self.waiting) + one.ticket.body_bytes
-            assert len(self.waiting) >= MAX_QUEUED or sizes > MAX_BYTES
+            waiting = self.queue_of(one.model)
+            sizes = sum(o.ticket.body_bytes for o in waiting) + one.ticket.body_bytes
+            assert len(waiting) >= MAX_QUEUED or sizes > MAX_BYTES
             if one.ticket.cls == "realtime":
                 ahead = [n for n in pool if not self.waits_for(n, "realtime") and self.fits(one, n)]
                 assert not ahead, "it could have run at once"
@@ -364,7 +484,7 @@ class AdmissionMachine(RuleBasedStateMachine):
                 too_many = self.used_tokens() + one.tokens > TOKENS
                 assert too_many or (one.ticket.cls == "batch" and self.enqueued() + one.tokens > ENQUEUED)
         else:
-            assert not pool, f"{refusal!r} though {pool} could serve it"
+            self.check_nobody_serves(refusal, one)
 
     @rule(data=st.data(), streamed=st.booleans())
     def answers_begin(self, data: st.DataObject, streamed: bool) -> None:
@@ -395,25 +515,32 @@ class AdmissionMachine(RuleBasedStateMachine):
         able = sorted(one.id for one in self.running.values() if one.returning or not one.began)
         if able:
             one = self.running.pop(data.draw(st.sampled_from(able)))
-            pool = [launch for launch in LAUNCHES if self.may_run(launch, one.target, one.ticket)]
+            pool = self.pool(one)
             one.returning = False
             self.forgotten.discard(one.id)
             try:
                 grant = self.admission.again(one.id, self.now)
-            except ApiError:
-                assert not pool
+            except ApiError as refusal:
+                self.check_nobody_serves(refusal, one)
                 self.end(one, worked=False)
             else:
                 assert pool
                 self.waiting.append(one)
                 if grant is not None:
-                    self.follow_before(grant)
+                    self.follow_in_order(grant)
             self.follow()
 
-    def follow_before(self, grant: Grant) -> None:
-        """It got a place at once: what others got by that came after, except on launches it was before on."""
+    def follow_in_order(self, grant: Grant) -> None:
+        """It got a place at once, though some may have got theirs before it, where it gave up its own."""
         one = next(one for one in self.waiting if one.id == grant.request)
-        self.grant(one, grant)
+        number = {id_: request.grant_number for id_, request in self.admission._requests.items()}
+        for effect in self.admission.take_effects():
+            assert not isinstance(effect, Reject)
+            if one in self.waiting and isinstance(effect, Grant) and number[effect.request] > number[one.id]:
+                self.grant(one, grant)
+            self.follow_one(effect)
+        if one in self.waiting:
+            self.grant(one, grant)
 
     @rule(data=st.data())
     def stays_although_revoked(self, data: st.DataObject) -> None:
@@ -442,9 +569,10 @@ class AdmissionMachine(RuleBasedStateMachine):
         everybody = [one.id for one in self.waiting] + sorted(self.running)[:1]
         if everybody:
             request = data.draw(st.sampled_from(everybody))
+            waited = request not in self.running
             self.admission.expire(request, self.now)
-            self.follow()
-            assert request in self.running or request in self.ended
+            self.follow(due=request)
+            assert (request in self.ended) is waited
 
     @rule(data=st.data())
     def the_past_is_repeated(self, data: st.DataObject) -> None:
@@ -462,7 +590,7 @@ class AdmissionMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_waits_that_could_run(self) -> None:
-        for launch in set(self.slots) - self.ejected:
+        for launch in self.open:
             realtime, batch = self.waits_for(launch, "realtime"), self.waits_for(launch, "batch")
             assert not realtime or not all(self.fits(one, launch) for one in realtime)
             if batch and not realtime:
@@ -481,12 +609,12 @@ class AdmissionMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_waits_for_what_is_not_there(self) -> None:
         for one in self.waiting:
-            assert any(self.may_run(launch, one.target, one.ticket) for launch in LAUNCHES)
+            assert self.pool(one)
 
     @invariant()
     def counts_agree(self) -> None:
         reports = self.admission.queues()
-        for launch in self.known:
+        for launch in self.states:
             load, mine = self.admission.load(launch), self.on(launch)
             assert sum(load.in_flight.values()) == len(mine)
             assert sum(load.queued.values()) == sum(self.answers(launch, one.target) for one in self.waiting)
@@ -532,7 +660,7 @@ class AdmissionMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.admission.drain(self.now)
-        self.follow()
+        self.follow(drains=True)
         assert self.waiting == []
         for request in list(self.running):
             self.admission.done(request, self.now)
@@ -553,7 +681,7 @@ class AdmissionMachine(RuleBasedStateMachine):
 
 
 TestAdmission = AdmissionMachine.TestCase
-TestAdmission.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestAdmission.settings = settings(max_examples=300, stateful_step_count=30, deadline=None)
 
 
 @settings(max_examples=200, deadline=None)
