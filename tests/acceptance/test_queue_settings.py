@@ -25,7 +25,6 @@ OTHERWISE = {
     "queue_timeout_s": TIMEOUT_S,
     "max_queued_bytes": MIB,
     "realtime_reserve": 0.5,
-    "batch_floor": 1,
     "env": {"MAX_CONCURRENT_REQUESTS": str(WAITS)},
 }
 
@@ -116,18 +115,4 @@ def test_the_reserve_is_left_free_by_batch(daemon: DaemonProcess) -> None:
         await box.until("in_flight", "batch", 0)
 
     with launched(daemon, slots=4) as box:
-        run(main(box))
-
-
-def test_with_a_floor_of_everything_batch_goes_before_realtime(daemon: DaemonProcess) -> None:
-    async def main(box: Box) -> None:
-        async with box.occupied():
-            realtime = asyncio.create_task(box.ask())
-            await box.until("queued", "realtime", 1)
-            batch = asyncio.create_task(box.ask(headers=BATCH))
-            await box.until("queued", "batch", 1)
-        assert [(await reply).status for reply in (realtime, batch)] == [200, 200]
-        assert (await box.load())["batch"]["promotions"] == 1
-
-    with launched(daemon, slots=1) as box:
         run(main(box))

@@ -208,15 +208,16 @@ class AdmissionMachine(RuleBasedStateMachine):
         return [one for one in self.waiting if one.model == model]
 
     def check_displaced(self, one: Seen, arrived: Seen) -> None:
-        """Only by realtime, only as long as too much waits, and only whoever of batch came last and never had a
-        place."""
+        """Only by realtime, only as long as too much waits, and only whoever of batch came last and never had a place:
+        of a key of which others wait, as long as there is one."""
         assert arrived.ticket.cls == "realtime"
         assert arrived.model == one.model
         waiting = self.queue_of(one.model)
         assert arrived in waiting
         assert len(waiting) > MAX_QUEUED or sum(o.ticket.body_bytes for o in waiting) > MAX_BYTES
         new = [o for o in waiting if o.ticket.cls == "batch" and o.launch is None]
-        assert one is max(new, key=lambda o: o.id)
+        owners = [o.ticket.owner for o in waiting if o.ticket.cls == "batch"]
+        assert one is max([o for o in new if owners.count(o.ticket.owner) > 1] or new, key=lambda o: o.id)
 
     def check_nobody_serves(self, refusal: ApiError, one: Seen) -> None:
         """Cases 2 and 3, said according to what is known of the launches that it is for."""

@@ -90,15 +90,6 @@ def test_which_models_a_request_may_have_loaded(settings, meant):
     assert Settings(**settings).models_by_request == meant
 
 
-def test_limits_of_requests_are_what_settings_say():
-    limits = gateway_limits(Settings(spool_budget_bytes=5000, client_dead_after_s=7))
-    assert (limits.spool_budget_bytes, limits.client_dead_after_s) == (5000, 7)
-    ours = {name for name in type(limits).__dataclass_fields__ if name in Settings.model_fields}
-    assert {name: getattr(limits, name) for name in ours} == {
-        name: getattr(Settings(spool_budget_bytes=5000, client_dead_after_s=7), name) for name in ours
-    }
-
-
 # -- realtime and batch on one engine ----------------------------------------------------------------------------------
 
 
@@ -161,7 +152,7 @@ SAME_NAMES = [name for name in GatewayLimits.__dataclass_fields__ if name in Set
 
 @pytest.mark.parametrize("name", SAME_NAMES)
 def test_each_limit_of_the_data_plane_is_the_setting_of_its_name(name):
-    value = True if name == "revoked_keys_cut_streams" else 4321
+    value = True if name == "revoked_keys_cut_streams" else 3210
     assert gateway_limits(Settings(**{name: value})) == replace(gateway_limits(Settings()), **{name: value})
 
 
