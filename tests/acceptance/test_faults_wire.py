@@ -15,6 +15,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
@@ -57,6 +58,19 @@ def closing(raw: bytes) -> Script:
         visit.writer.close()
 
     return script
+
+
+async def packing(visit: Visit) -> None:
+    """An answer as an engine behind a compressing proxy would give it: whole, or as events."""
+    choice = {"index": 0, "text": "packed", "finish_reason": "stop", "logprobs": None}
+    told = {"id": "c", "object": "text_completion", "created": 1, "model": "model", "choices": [choice]}
+    text, packed = json.dumps(told).encode(), b"content-encoding: gzip\r\n"
+    if not json.loads(visit.body).get("stream"):
+        await visit.send(answer(gzip.compress(text), headers=packed))
+        return
+    await visit.send(EVENTS[:-2] + packed + b"\r\n")
+    events = gzip.compress(b"data: " + text + b"\n\ndata: [DONE]\n\n")
+    await visit.send(*(chunk(events[at : at + 20]) for at in range(0, len(events), 20)), LAST_CHUNK)
 
 
 class Box:
@@ -276,6 +290,31 @@ def test_fault_27_priority_is_the_scopes_and_not_the_clients(box: Box) -> None:
     box.run(main())
 
 
+def stock_client(box: Box, key: str = "sk-realtime") -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"{box.daemon.url}/v1", api_key=key, max_retries=0, timeout=20)
+
+
+def test_fault_27_nor_can_the_stock_client_choose_its_priority(box: Box) -> None:
+    wishes: Any = {
+        "extra_headers": {"X-Vllm-Priority": "-999999", "X-data-parallel-rank": "1", "X-Kept": "kept"},
+        "extra_body": {"priority": -999999, "ignore_eos": True},
+    }
+
+    async def main() -> None:
+        for key, priority in (("sk-realtime", b"0"), ("sk-batch", b"100")):
+            async with stock_client(box, key) as client:
+                assert (await client.completions.create(model="model", prompt="x", **wishes)).choices[
+                    0
+                ].text == "packed"
+            visit = box.engine.requests[-1]
+            assert visit.header(b"x-vllm-priority") == [priority]
+            assert not visit.header(b"x-data-parallel-rank")
+            assert visit.header(b"x-kept") == [b"kept"]
+            assert json.loads(visit.body) == {"model": "model", "prompt": "x", "ignore_eos": True}
+
+    box.run(main(), packing)
+
+
 def test_fault_28_five_hundred_at_once_meet_exact_limits(box: Box) -> None:
     release = asyncio.Event()
 
@@ -396,6 +435,18 @@ def test_fault_24_answers_of_every_shape_pass_as_they_are(box: Box, raw: bytes, 
                 assert (reply.status, reply.body) == (status, body)
 
     box.run(main(), script)
+
+
+def test_fault_24_the_stock_client_reads_packed_answers_and_streams(box: Box) -> None:
+    async def main() -> None:
+        async with stock_client(box) as client:
+            whole = await client.completions.create(model="model", prompt="x")
+            assert whole.choices[0].text == "packed"
+            stream = await client.completions.create(model="model", prompt="x", stream=True)
+            assert [event.choices[0].text async for event in stream] == ["packed"]
+        assert [b"gzip" in visit.header(b"accept-encoding")[0] for visit in box.engine.requests] == [True, True]
+
+    box.run(main(), packing)
 
 
 def test_fault_24_head_and_trailers(box: Box) -> None:
