@@ -23,6 +23,7 @@ from tests.support.daemon import DaemonProcess
 from tests.support.data_plane import Reply, Wire, ask_on, request
 from tests.support.raw_upstream import EVENTS, chunk
 from tests.support.waiting import wait_for
+from vllm_bootstrap.client import Client
 
 FREE_WITHIN_S = 1.0
 ROUNDS = 1000
@@ -356,4 +357,75 @@ def test_fault_26_realtime_passes_a_batch_that_never_ends_and_the_batch_goes_on(
 
     launch_id = box.daemon.ready(served_model_name="busy", max_num_seqs=slots)["launch_id"]
     asyncio.run(main(launch_id))
+    box.daemon.stop_launch(launch_id)
+
+
+LINES, A_SECOND, ALONE, MOST_QUEUED = 10_000, 5, 25, 32
+
+
+def batch_of(client: Client, path: Path) -> str:
+    """Start a batch of so many lines and return its id. Chats, because such lines never travel together."""
+    body = {"model": "both", "messages": [{"role": "user", "content": "a"}], "max_tokens": 10, "ignore_eos": True}
+    line = {"method": "POST", "url": "/v1/chat/completions", "body": body}
+    path.write_text("".join(json.dumps({"custom_id": str(number), **line}) + "\n" for number in range(LINES)))
+    return client.batches.create(client.files.upload(path).id, "/v1/chat/completions").id
+
+
+def test_fault_26_ten_thousand_lines_go_on_beside_five_realtime_requests_a_second(box: Box, tmp_path: Path) -> None:
+    """Counted, not timed: a realtime request that is alone finds its place at once, however long the batch is; of the
+    batch as much runs as the reserve leaves and less beside realtime, and little of it waits anywhere but on disk."""
+    slots, reserve = 8, 1
+    launch_id = box.daemon.ready(served_model_name="both", max_num_seqs=slots)["launch_id"]
+    body = {"model": "both", "prompt": "a", "max_tokens": 1}
+    told: list[tuple[bool, int, str | None]] = []
+    allowances: list[int] = []
+    under_way = 0
+
+    async def ask() -> None:
+        nonlocal under_way
+        alone = under_way == 0
+        under_way += 1
+        reply = await box.ask(body=body)
+        under_way -= 1
+        told.append((alone, reply.status, reply.header("x-queue-ms")))
+
+    async def keep_asking() -> None:
+        async with asyncio.TaskGroup() as group:
+            while True:
+                group.create_task(ask())
+                await asyncio.sleep(1 / A_SECOND)
+
+    def finished(client: Client, batch_id: str) -> int:
+        """How many lines are. Looks at the queue on the way."""
+        load = box.load(launch_id)
+        assert load["in_flight"]["batch"] <= slots - reserve
+        assert load["queued"]["batch"] <= MOST_QUEUED
+        allowances.append(load["batch"]["allowance"])
+        return client.batches.get(batch_id).request_counts.completed
+
+    async def main(client: Client, batch_id: str) -> None:
+        await asyncio.to_thread(wait_for, lambda: finished(client, batch_id) >= 5 * slots, 20, 0.1)
+        assert set(allowances) == {slots - reserve}
+        allowances.clear()
+        memory, before = box.rss_mb(), finished(client, batch_id)
+        realtime = asyncio.create_task(keep_asking())
+        try:
+            await in_thread(lambda: sum(alone for alone, _, _ in told) >= ALONE, 40)
+            # What ran when realtime came ends anyway. Batch pauses while it is learnt what realtime is like alone.
+            await asyncio.to_thread(wait_for, lambda: finished(client, batch_id) >= before + 3 * slots, 40, 0.1)
+        finally:
+            realtime.cancel()
+            await asyncio.wait([realtime])
+        assert realtime.cancelled()
+        assert {status for _, status, _ in told} == {200}
+        assert {waited for alone, _, waited in told if alone} == {"0"}
+        assert min(allowances) < slots - reserve
+        assert box.rss_mb() < memory + 20
+
+    with box.daemon.client() as client:
+        batch_id = batch_of(client, tmp_path / "lines")
+        asyncio.run(main(client, batch_id))
+        client.batches.cancel(batch_id)
+        assert client.batches.wait(batch_id, timeout_s=20).status == "cancelled"
+    wait_for(lambda: box.at_rest(launch_id), FREE_WITHIN_S)
     box.daemon.stop_launch(launch_id)
