@@ -79,7 +79,7 @@ chaos: $(READY)  ## random starts, stops and kill -9 of everything, 200 rounds (
 	$(PY) -m bench.chaos $(ARGS)
 
 .PHONY: bench
-bench: $(READY)  ## all measurements of docs/benchmarks.md but the proxy's
+bench: $(READY)  ## the daemon alone: start, memory, status under polling (every other bench has a command of its own)
 	$(PY) -m bench.daemon $(ARGS)
 
 .PHONY: bench-cosched

@@ -609,7 +609,7 @@ def test_ten_thousand_may_wait_and_all_get_their_turn() -> None:
             assert isinstance(pending, Pending)
             pending.notify = run_it
         with pytest.raises(QueueFull):
-            gate.request(MODEL, BULK)
+            gate.request(MODEL, Ticket("key1", "batch"))
         for lease in running:
             assert isinstance(lease, Lease)
             lease.release()
