@@ -36,6 +36,12 @@ _VALUE = re.compile(r'"usage"[ \t\r\n]*:[ \t\r\n]*')
 _HAS_CHOICES = re.compile(rb'"choices"[ \t]*:[ \t]*\[[ \t]*[^\] \t]')
 _NO_CHOICES = re.compile(rb'"choices"[ \t]*:[ \t]*\[[ \t]*\]')
 _RESPONSE_ID = re.compile(rb'"id"[ \t\r\n]*:[ \t\r\n]*"([A-Za-z0-9_.:-]{1,128})"')
+# As vLLM spells it where nothing of interest follows: worth a way of its own, a fifth of the time that JSON takes.
+_COUNT = rb"(0|[1-9][0-9]{0,8})"
+_PLAIN = re.compile(
+    rb'"usage":\{"prompt_tokens":%b,"total_tokens":%b,"completion_tokens":%b(?:,"prompt_tokens_details":null)?\}'
+    rb'(?:,"[a-z_]{1,40}":null){0,20}\}\s*\Z' % (_COUNT, _COUNT, _COUNT)
+)
 _decode = json.JSONDecoder().raw_decode
 
 OnId = Callable[[str], None]
@@ -157,10 +163,13 @@ class EventTap:
                 self._on_id = None
         if USAGE_MARK not in event:
             return True
-        usage = _usage_at_end(event, self._depths)
-        if usage is None:
-            return True
-        self.usage = read_usage(usage, self.usage)
+        told = _plain_usage(event, self.usage)
+        if told is None:
+            usage = _usage_at_end(event, self._depths)
+            if usage is None:
+                return True
+            told = read_usage(usage, self.usage)
+        self.usage = told
         extra = self._drops and _NO_CHOICES.search(event) is not None
         self.tokens -= extra
         return not extra
@@ -195,12 +204,13 @@ class BodyTap:
             self._head, self._tail = [], b""
         else:  # it came in one piece
             head, tail = last[:LOOK_BYTES], last[-LOOK_BYTES:]
-        found = _usage_at_end(tail, (1,)) if USAGE_MARK in tail else None
-        if found is None and USAGE_MARK in head:
-            found = _usage_at_start(head)
-        if found is not None:
-            self.usage = read_usage(found, None)
-            self.tokens = self.usage.completion_tokens if self.usage is not None else 0
+        self.usage = _plain_usage(tail, None)
+        if self.usage is None:
+            found = _usage_at_end(tail, (1,)) if USAGE_MARK in tail else None
+            if found is None and USAGE_MARK in head:
+                found = _usage_at_start(head)
+            self.usage = None if found is None else read_usage(found, None)
+        self.tokens = self.usage.completion_tokens if self.usage is not None else 0
         if self._on_id is not None:
             named = _RESPONSE_ID.search(head)
             if named is not None:
@@ -249,6 +259,14 @@ def _event_end(data: bytes, start: int, *, returns: bool) -> int:
     if found is None or (found.end() == len(data) and data.endswith(b"\r")):
         return -1
     return found.end()
+
+
+def _plain_usage(text: bytes, before: Usage | None) -> Usage | None:
+    """What ``_usage_at_end`` and ``read_usage`` make of it, where it is spelt as ``_PLAIN`` says. None: it is not."""
+    found = _PLAIN.match(text, max(0, text.rfind(USAGE_MARK)))
+    if found is None:
+        return None
+    return Usage(int(found[1]), int(found[3]), 0 if before is None else before.cached_tokens)
 
 
 def _usage_at_end(text: bytes, depths: tuple[int, ...]) -> Mapping[str, Any] | None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from vllm_bootstrap.gateway import usage
 from vllm_bootstrap.gateway.usage import LOOK_BYTES, BodyTap, EventTap, make_tap, read_usage
 from vllm_bootstrap.scheduler.tickets import Usage
 
@@ -257,3 +260,59 @@ def test_dialects() -> None:
     assert read_usage({"prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": 4}}, None) == Usage(5, 0, 4)
     assert read_usage({"prompt_tokens": 5, "prompt_tokens_details": None}, None) == Usage(5, 0)
     assert read_usage({"output_tokens": 2}, Usage(3, 1, 1)) == Usage(3, 2, 1)
+
+
+# -- the plain spelling, which has a way of its own --------------------------------------------------------------------
+
+PLAIN = (
+    b'{"id":"c","choices":[],"usage":{"prompt_tokens":7,"total_tokens":10,"completion_tokens":3,'
+    b'"prompt_tokens_details":null},"prompt_logprobs":null,"kv_transfer_params":null}'
+)
+NEVER = re.compile(rb"(?!)")
+odd = [b"07", b"-1", b"1e3", b"1000000000", b"null", b"true", b'"3"', b""]
+counts = st.sampled_from([b"0", b"3", b"999999999"] * 24 + odd)  # a body has three, and is plain only if they all are
+details = st.sampled_from([b"", b',"prompt_tokens_details":null', b',"prompt_tokens_details":{"cached_tokens":5}'])
+members = st.lists(
+    st.sampled_from([b',"a":null', b',"usage":null', b',"b":1', b',"c":"\\"usage\\":{}"', b',"d":{}', b"}", b" "]),
+    max_size=3,
+).map(b"".join)
+ends = st.sampled_from([b"}", b"}\n", b"}} ", b"", b"}]"])
+
+
+@st.composite
+def spellings(draw: st.DrawFn) -> bytes:
+    """Bodies that are spelt plainly, nearly so, or that end in the middle."""
+    parts = b'"prompt_tokens":%b,"total_tokens":%b,"completion_tokens":%b' % tuple(draw(counts) for _ in range(3))
+    text = b'{"id":"c","usage":{%b%b}%b%b' % (parts, draw(details), draw(members), draw(ends))
+    at = draw(st.integers(0, len(text)))
+    return draw(st.sampled_from([text, text, text, text, text[:at], text[at:], text[:at] + b'"usage":' + text[at:]]))
+
+
+@given(st.one_of(spellings(), st.just(PLAIN)), st.booleans())
+@example(PLAIN, True)
+@example(PLAIN, False)
+@example(PLAIN.replace(b":3,", b":03,"), True)
+@example(PLAIN.replace(b":3,", b":03,"), False)
+@example(PLAIN + b"]", True)
+@example(PLAIN + b"}", True)
+@example(PLAIN.replace(b'details":null', b'details":{"cached_tokens":5}'), True)
+@example(PLAIN.replace(b'params":null', b'params":{"usage":{}}'), True)
+def test_what_is_spelt_plainly_counts_as_it_would_by_way_of_json(body: bytes, streamed: bool) -> None:
+    def told() -> tuple[bytes, Usage | None, int]:
+        tap = EventTap(drops_usage=True) if streamed else BodyTap()
+        first = b'data: {"usage":{"prompt_tokens":1,"prompt_tokens_details":{"cached_tokens":1}},"choices":[1]}\n\n'
+        out = through(tap, [first, b"data: ", body, b"\n\n"]) if streamed else tap.end(body)
+        return out, tap.usage, tap.tokens
+
+    found = told()
+    with patch.object(usage, "_PLAIN", NEVER):
+        assert told() == found
+    if body == PLAIN:
+        assert found[1] == Usage(7, 3, int(streamed))
+
+
+def test_the_plain_spelling_is_read_without_json() -> None:
+    with patch.object(usage, "_loads", side_effect=AssertionError):
+        tap = BodyTap()
+        tap.end(PLAIN)
+        assert tap.usage == TOLD
