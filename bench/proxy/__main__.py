@@ -88,7 +88,7 @@ def measure_idle(contender: Contender) -> None:
 
 
 def measure_requests(contender: Contender, total: int) -> None:
-    """The same request again and again, as a client's library sends it; and each with an id of its own in its head."""
+    """The same request again and again, as a client's library sends it; then each with a trace of its own."""
     for about, found in (("", contender.request_us), (" /v1/completions bench numbered", contender.numbered_us)):
         _, spent = load(contender, f"requests {CONNECTIONS} {total}{about}")
         found.append(spent / total * 1e6)

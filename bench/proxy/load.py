@@ -91,12 +91,13 @@ class Client(asyncio.Protocol):
 
 
 class Numbering(Client):
-    """Gives each request a head of its own."""
+    """Gives each request a head of its own, as a client that is traced does."""
 
     def send(self) -> None:
         run = self.run
         run.sent += 1
-        run.request = run.plain.replace(b"\r\n\r\n", b"\r\nX-Request-Id: %d\r\n\r\n" % run.sent, 1)
+        trace = b"\r\ntraceparent: 00-%032x-%016x-01\r\n\r\n" % (run.sent, run.sent)
+        run.request = run.plain.replace(b"\r\n\r\n", trace, 1)
         super().send()
 
 
