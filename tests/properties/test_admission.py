@@ -630,16 +630,23 @@ class AdmissionMachine(RuleBasedStateMachine):
 
     @invariant()
     def queues_are_bounded(self) -> None:
-        """But for those that come back, and batch requests of which their key has no other."""
+        """But for those that come back, and batch requests of which their key had no other when they came."""
         for name in ("m", "n"):
             shelf = self.admission._directory.shelf(name)
             mine = [one for one in self.waiting if shelf is not None and self.admission.model_of(one.id) == name]
-            owners = [one.ticket.owner for one in mine if one.ticket.cls == "batch"]
-            lone = [one for one in mine if one.ticket.cls == "batch" and owners.count(one.ticket.owner) == 1]
-            mine = [one for one in mine if one.launch is None and one not in lone]
-            assert sum(one.ticket.body_bytes for one in lone if one.launch is None) <= 2 * MAX_BYTES
-            assert len(mine) <= MAX_QUEUED
-            assert sum(one.ticket.body_bytes for one in mine) <= MAX_BYTES
+            new = [one for one in mine if one.launch is None]
+            lone, alone = self.lone(mine), self.lone(new)  # another of its key may have come back since
+            assert sum(one.ticket.body_bytes for one in lone if one in new) <= 2 * MAX_BYTES
+            bounded = [one for one in new if one not in alone]
+            assert len(bounded) <= MAX_QUEUED
+            assert sum(one.ticket.body_bytes for one in bounded) <= MAX_BYTES
+
+    @staticmethod
+    def lone(waiting: list[Seen]) -> list[Seen]:
+        """Batch requests of keys of which no other is among them."""
+        batch = [one for one in waiting if one.ticket.cls == "batch"]
+        owners = [one.ticket.owner for one in batch]
+        return [one for one in batch if owners.count(one.ticket.owner) == 1]
 
     @invariant()
     def keys_hold_what_they_have(self) -> None:
