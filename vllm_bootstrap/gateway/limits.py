@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from vllm_bootstrap.gateway.head import HeadLimits
@@ -49,11 +49,6 @@ class GatewayLimits:
     upstream_idle_timeout_s: float = 600
     upstream_keep_alive_s: float = 4
     revoked_keys_cut_streams: bool = False
-
-    @classmethod
-    def from_settings(cls, settings: object) -> GatewayLimits:
-        """The limits out of anything that has attributes of the same names; what it lacks keeps its default."""
-        return cls(**{item.name: getattr(settings, item.name) for item in fields(cls) if hasattr(settings, item.name)})
 
     def of_body(self, brought: Literal["file", "adapter"] | None) -> int:
         """How long a body of the control plane may be that brings this."""

@@ -1,15 +1,7 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 from vllm_bootstrap.gateway.limits import GatewayLimits
 from vllm_bootstrap.settings import Settings
-
-
-def test_limits_come_from_settings_of_the_same_name() -> None:
-    found = GatewayLimits.from_settings(SimpleNamespace(max_body_bytes=5, keep_alive_s=6, something_else=7))
-    assert (found.max_body_bytes, found.keep_alive_s) == (5, 6)
-    assert found.max_header_bytes == GatewayLimits().max_header_bytes
 
 
 def test_every_setting_of_the_data_plane_is_a_limit() -> None:
