@@ -180,7 +180,7 @@ def test_8_retry_after_is_what_the_queue_has_needed_lately() -> None:
     assert desk.refusal().retry_after == 5
 
 
-def test_8_what_a_dying_engine_drops_says_nothing_about_the_pace() -> None:
+def test_8_what_no_engine_worked_on_says_nothing_about_the_pace() -> None:
     desk = Desk(launch(slots=40), max_queued=40)
     for second in range(20):
         desk.now = float(second)
