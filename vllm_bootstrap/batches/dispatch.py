@@ -7,6 +7,7 @@ batches, storage, what becomes of a line.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 from vllm_bootstrap.auth.scopes import BATCH, allows
 from vllm_bootstrap.auth.types import Principal
@@ -19,7 +20,7 @@ from vllm_bootstrap.errors import LaunchNotReady, NotFound
 from vllm_bootstrap.gateway.call import Call, Failure, Reply
 from vllm_bootstrap.gateway.gateway import Gateway
 from vllm_bootstrap.scheduler.tickets import ByLaunch, ByModel, Target
-from vllm_bootstrap.serving import Advert, Instance
+from vllm_bootstrap.serving import Advert
 
 _BATCH = frozenset({BATCH})
 LaneKey = tuple[str, str | None]
@@ -186,7 +187,18 @@ class Dispatcher:
         target: Target = ByModel(model, ("POST", path)) if launch_id is None else ByLaunch(launch_id)
         bodies = [job.body for job in flight.jobs]
         body = bodies[0] if len(bodies) == 1 else joining.join(path, bodies)
-        call = _Carried(self._gateway, principal, target, path, body, flight)
+        request_id = self._gateway.new_request_id()
+        call = Call(
+            self._gateway,
+            principal,
+            target,
+            path,
+            body,
+            on_end=partial(_landed, flight, request_id),
+            on_move=partial(_moved, flight),
+            priority=flight.source.priority,
+            request_id=request_id,
+        )
         call.start()
         return call
 
@@ -204,29 +216,18 @@ class _Desk:
         return self._dispatcher.principal(owner, self._key)
 
 
-class _Carried(Call):
-    """A call that tells its flight when it has a place and when it has lost it."""
+def _moved(flight: Flight, launch_id: str | None) -> None:
+    if launch_id is None:
+        flight.unplaced()
+    else:
+        flight.placed(launch_id)
 
-    def __init__(
-        self, gateway: Gateway, principal: Principal, target: Target, path: str, body: bytes, flight: Flight
-    ) -> None:
-        super().__init__(gateway, principal, target, path, body, on_end=self._landed, priority=flight.source.priority)
-        self._flight = flight
 
-    def _go(self, instance: Instance) -> None:
-        self._flight.placed(instance.launch_id)
-        super()._go(instance)
-
-    def _wait(self) -> None:
-        self._flight.unplaced()
-        super()._wait()
-
-    def _landed(self, outcome: Reply | Failure) -> None:
-        if isinstance(outcome, Reply):
-            end = Outcome(outcome.status, outcome.body, None, True, self.request_id)
-        else:
-            end = Outcome(None, b"", outcome.error, outcome.sent, self.request_id)
-        self._flight.ended(end)
+def _landed(flight: Flight, request_id: str, end: Reply | Failure) -> None:
+    if isinstance(end, Reply):
+        flight.ended(Outcome(end.status, end.body, None, True, request_id))
+    else:
+        flight.ended(Outcome(None, b"", end.error, end.sent, request_id))
 
 
 def _ended(before: Advert, advert: Advert) -> bool:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from json.decoder import scanstring  # type: ignore[attr-defined]  # the stubs lack it
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_bootstrap.errors import BadRequest, InvalidJson
 from vllm_bootstrap.models.types import Rewrite
@@ -186,10 +186,10 @@ def _expect_end(text: str, at: int) -> None:
         raise json.JSONDecodeError("Extra data", text, at)
 
 
-class Written(str):
+class Written(NamedTuple):
     """A value that is JSON already."""
 
-    __slots__ = ()
+    text: str
 
 
 def with_members(body: JsonBody, values: Mapping[str, object]) -> bytes:
@@ -203,7 +203,7 @@ def with_members(body: JsonBody, values: Mapping[str, object]) -> bytes:
         if value is None:
             continue
         span = body.spans[name] if name in body.fields else None
-        encoded = value if isinstance(value, Written) else json.dumps(value)
+        encoded = value.text if isinstance(value, Written) else json.dumps(value)
         if span is not None:
             edits.append((span[1], span[2], encoded))
         else:

@@ -41,12 +41,14 @@ from vllm_bootstrap.gateway.gateway import Gateway
 from vllm_bootstrap.gateway.head import Head
 from vllm_bootstrap.gateway.inflight import RequestInfo
 from vllm_bootstrap.gateway.intake import JsonIntake
+from vllm_bootstrap.gateway.mishaps import guarded
 from vllm_bootstrap.gateway.passage import CLIENT_GONE, Passage
 from vllm_bootstrap.gateway.stages import CONNECTING, OVER, QUEUED, RELAYING, WAITING
 from vllm_bootstrap.gateway.upstream import UpstreamConnection
 from vllm_bootstrap.gateway.usage import BodyTap
 from vllm_bootstrap.scheduler import refusals
 from vllm_bootstrap.scheduler.tickets import ByLaunch, ByModel, Target, Ticket, Usage
+from vllm_bootstrap.serving import Instance
 
 MOST_ANSWER_BYTES = 64 * 1024 * 1024
 """Longest answer that is kept; a longer one ends the call with ``upstream_error``."""
@@ -97,10 +99,8 @@ class Call(Passage):
     """``path`` is one that ``/v1`` routes by model, ``body`` a JSON object in UTF-8 that does not ask for a stream.
     ``target``: ``ByModel`` of the model that the body names, or ``ByLaunch`` (a launch, or a group of replicas).
     ``priority``: -100 to 100, higher first, within the key's batch requests. ``on_end`` gets a ``Reply`` or a
-    ``Failure``, always from a later iteration of the loop than ``start``; it may start other calls."""
-
-    _started = _starting = _active = _was_sent = _keeps_response = False
-    _held = _size = _status = 0
+    ``Failure``, always from a later iteration of the loop than ``start``; it may start other calls. ``on_move`` gets
+    the launch where it has a place now, and None when it waits (again)."""
 
     def __init__(
         self,
@@ -111,6 +111,7 @@ class Call(Passage):
         body: bytes,
         *,
         on_end: Callable[[Reply | Failure], None],
+        on_move: Callable[[str | None], None] | None = None,
         priority: int = 0,
         request_id: str | None = None,
     ) -> None:
@@ -118,8 +119,12 @@ class Call(Passage):
         self._principal, self._target, self._priority = principal, target, priority
         self._body: bytes | None = body
         self._on_end: Callable[[Reply | Failure], None] | None = on_end
+        self._on_move = on_move
         self._parts: list[bytes] = []
+        self._started = self._starting = self._active = self._was_sent = self._keeps_response = False
+        self._held = self._size = self._status = 0
 
+    @guarded
     def start(self) -> None:
         """Go. Whatever is wrong with it comes by ``on_end``. Without effect after ``cancel``."""
         if self._stage is OVER or self._started:
@@ -128,6 +133,7 @@ class Call(Passage):
         self.take_in()
         self._starting = False
 
+    @guarded
     def cancel(self) -> None:
         """Its answer is not wanted any more. Idempotent; ``on_end`` is not called after this."""
         self._on_end = None
@@ -147,6 +153,7 @@ class Call(Passage):
 
     # Queueing
 
+    @guarded
     def take_in(self) -> None:
         try:
             target, ticket = self._admit()
@@ -198,6 +205,17 @@ class Call(Passage):
 
     # From the place
 
+    def _wait(self) -> None:
+        if self._on_move is not None:
+            self._on_move(None)
+        super()._wait()
+
+    def _go(self, instance: Instance) -> None:
+        if self._on_move is not None:
+            self._on_move(instance.launch_id)
+        super()._go(instance)
+
+    @guarded
     def on_revoked(self) -> None:
         self._was_sent = False
         super().on_revoked()
@@ -208,6 +226,7 @@ class Call(Passage):
         self._was_sent = True
         super().on_sending(connection, now)
 
+    @guarded
     def on_unreachable(self, error: ApiError) -> None:
         """If the engine had got it on a connection that then broke, it may have died of it: no other one gets it."""
         if self._was_sent:
@@ -272,6 +291,7 @@ class Call(Passage):
 
     # What else happens
 
+    @guarded
     def tick(self, now: float) -> None:
         """Look at deadlines."""
         if self._stage is WAITING and now >= self._deadline:
@@ -285,6 +305,7 @@ class Call(Passage):
         elif self._stage is QUEUED and self._principal.expires_at is not None:
             self.rights_changed()
 
+    @guarded
     def cancel_from_outside(self) -> None:
         """Ended by somebody who is not its owner."""
         self.fail(Cancelled("The request was cancelled"))

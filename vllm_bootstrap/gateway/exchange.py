@@ -22,6 +22,7 @@ from vllm_bootstrap.gateway.gateway import Gateway
 from vllm_bootstrap.gateway.head import Head, Headers
 from vllm_bootstrap.gateway.intake import make_intake
 from vllm_bootstrap.gateway.loading import MOST_WORDS, STREAMS, Loading, Refusal
+from vllm_bootstrap.gateway.mishaps import guarded
 from vllm_bootstrap.gateway.passage import CLIENT_GONE, Passage
 from vllm_bootstrap.gateway.reading import Reading
 from vllm_bootstrap.gateway.relay import Client, Relay
@@ -54,6 +55,7 @@ class Exchange(Passage):
 
     # Reading
 
+    @guarded
     def start(self) -> None:
         """The head is here."""
         try:
@@ -64,6 +66,7 @@ class Exchange(Passage):
         if self._head.expects_continue and self._head.has_body:
             self._client.transport.write(headers.CONTINUE)
 
+    @guarded
     def start_whole(self, body: bytes) -> None:
         """The head is here, and with it all of its body."""
         try:
@@ -83,10 +86,12 @@ class Exchange(Passage):
         self._reading = reading = Reading(gateway, self._client, intake, self._read)
         return reading
 
+    @guarded
     def on_body(self, piece: bytes) -> None:
         if self._reading is not None:
             self._reading.feed(piece)
 
+    @guarded
     def on_body_end(self) -> None:
         """The body is whole (also for a request without one)."""
         if self._reading is not None:
@@ -264,6 +269,7 @@ class Exchange(Passage):
         if self._connection is not None:
             self._connection.resume()
 
+    @guarded
     def tick(self, now: float) -> None:
         """Look at deadlines."""
         if self._stage is WAITING and now >= self._deadline:
@@ -280,6 +286,7 @@ class Exchange(Passage):
             if self._loading is not None and self._stage is QUEUED and not self._client.write_paused:
                 self._loading.look(now)
 
+    @guarded
     def cancel(self) -> None:
         """Ended from outside."""
         self._finish(Cancelled("The request was cancelled"))

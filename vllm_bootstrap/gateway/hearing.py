@@ -12,12 +12,19 @@ from __future__ import annotations
 import math
 import socket
 import struct
-from asyncio import Transport
+from typing import Any, Protocol
 
 # In Linux's tcp_info: packets that are not acknowledged, and the milliseconds since anything was.
 _UNACKNOWLEDGED, _QUIET_MS = 24, 56
 _INFO_BYTES = 60
 _number = struct.Struct("=I")
+
+
+class HasSocket(Protocol):
+    """A transport, as far as it is needed here."""
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """``socket`` is asked for."""
 
 
 class Hearing:
@@ -29,7 +36,7 @@ class Hearing:
         self._after_s = after_s if hasattr(socket, "TCP_INFO") else math.inf
         self._heard_at = self._next_at = 0.0
 
-    def is_lost(self, transport: Transport, now: float) -> bool:
+    def is_lost(self, transport: HasSocket, now: float) -> bool:
         """Whether nothing was heard for so long. To be asked again and again, with loop time."""
         if now < self._next_at:
             return False

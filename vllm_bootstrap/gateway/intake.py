@@ -74,13 +74,16 @@ def make_intake(head: Head, route: EngineRoute, limits: GatewayLimits, spool: Sp
     return JsonIntake(most)
 
 
+_NO_FIELDS: Mapping[str, Any] = {}
+
+
 class NoBody:
     """A request without a body."""
 
     upload: Upload | None = None
     adds_usage = False
     in_memory = 0
-    fields: Mapping[str, Any] = {}
+    fields: Mapping[str, Any] = _NO_FIELDS
     text: str | None = None
     model: str | None = None
 
@@ -112,7 +115,7 @@ class JsonIntake:
         self._max_bytes = max_bytes
         self._pieces: list[bytes] = []
         self._body: bodies.JsonBody | None = None
-        self.fields: Mapping[str, Any] = NoBody.fields
+        self.fields: Mapping[str, Any] = _NO_FIELDS
         self.text: str | None = None
         self.model: str | None = None
         self.adds_usage, self.in_memory = False, 0
@@ -161,7 +164,7 @@ class JsonIntake:
     def close(self) -> None:
         self._pieces = []
         self._body = self.text = None
-        self.fields = NoBody.fields
+        self.fields = _NO_FIELDS
 
 
 class FormIntake:

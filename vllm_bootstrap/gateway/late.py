@@ -39,7 +39,7 @@ class LateProtocol(HttpToolsProtocol):
         self.server_state = server_state
         self.connections = server_state.connections
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: Any) -> None:
         self.transport = transport
         self.flow = FlowControl(transport)
         self.connections.add(self)

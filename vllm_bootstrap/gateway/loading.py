@@ -10,10 +10,9 @@ from __future__ import annotations
 import email.utils
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from vllm_bootstrap.errors import UpstreamError
-from vllm_bootstrap.gateway.relay import Relay
 
 STREAMS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 """Routes whose answers are events when their body says ``stream``."""
@@ -27,6 +26,18 @@ MOST_WORDS = 64 * 1024
 """Bytes of an engine's refusal that are passed on."""
 
 
+class Announcer(Protocol):
+    """Who writes to the client (``Relay``)."""
+
+    announced: bool
+
+    def announce(self, request_id: str, own: bytes) -> None:
+        """Begin the event stream."""
+
+    def comment(self, text: str) -> None:
+        """Say something in it."""
+
+
 class Loading:
     """One waiting request. ``line()`` says how far the load is, None: nothing is being loaded. ``own()``: header lines
     for the stream's head. ``now``, as in ``look``, is loop time."""
@@ -34,7 +45,7 @@ class Loading:
     __slots__ = ("_due", "_line", "_own", "_relay", "_request_id", "_said", "_said_at")
 
     def __init__(
-        self, relay: Relay, request_id: str, line: Callable[[], str | None], own: Callable[[], bytes], now: float
+        self, relay: Announcer, request_id: str, line: Callable[[], str | None], own: Callable[[], bytes], now: float
     ) -> None:
         self._relay, self._request_id = relay, request_id
         self._line, self._own = line, own

@@ -11,7 +11,7 @@ import functools
 import logging
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any
+from typing import Concatenate, ParamSpec, TypeVar
 
 from vllm_bootstrap.errors import ApiError, InternalError
 from vllm_bootstrap.gateway.gateway import Gateway
@@ -20,29 +20,26 @@ from vllm_bootstrap.gateway.place import Place
 
 _log = logging.getLogger(__name__)
 
-# What the loop, parsers, timers and other requests call. ``on_received`` is not among them: it runs for each chunk, and
-# who calls it looks after it (``UpstreamConnection``).
-_STEPS = (
+_Self = TypeVar("_Self", bound="Mishaps")
+_Args = ParamSpec("_Args")
+
+STEPS = frozenset({
     "start", "start_whole", "take_in", "on_body", "on_body_end", "on_place", "on_no_place", "on_revoked",
     "on_unreachable", "on_broken", "on_upstream_writable", "tick", "cancel", "cancel_from_outside", "rights_changed",
     "stop",
-)  # fmt: skip
+})  # fmt: skip
+"""What the loop, parsers, timers and other requests call: each must be ``guarded``. ``on_received`` is not among them:
+it runs for each chunk, and who calls it looks after it (``UpstreamConnection``)."""
 
 
 class Mishaps:
-    """Base of a request's journey: the steps of the classes that inherit from it are guarded."""
+    """Base of a request's journey: its ``STEPS`` are ``guarded``."""
 
     _gateway: Gateway
     _place: Place
     _journey: Journey
     _stage: IntEnum
     request_id: str
-
-    def __init_subclass__(cls) -> None:
-        for name in _STEPS:
-            step = cls.__dict__.get(name)
-            if step is not None:
-                setattr(cls, name, _guarded(step))
 
     def fail(self, error: ApiError) -> None:
         """It cannot be completed: answer with ``error``, or end the answer that has begun."""
@@ -67,12 +64,14 @@ class Mishaps:
             self.give_up()
 
 
-def _guarded(step: Callable[..., None]) -> Callable[..., None]:
+def guarded(step: Callable[Concatenate[_Self, _Args], None]) -> Callable[Concatenate[_Self, _Args], None]:
+    """A step whose mistakes end the request (``on_crash``) and go no further."""
+
     @functools.wraps(step)
-    def guarded(self: Mishaps, *args: Any) -> None:
+    def guard(self: _Self, /, *args: _Args.args, **named: _Args.kwargs) -> None:
         try:
-            step(self, *args)
+            step(self, *args, **named)
         except Exception:  # noqa: BLE001 - that is what it is for
             self.on_crash()
 
-    return guarded
+    return guard

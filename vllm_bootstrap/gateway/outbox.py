@@ -57,9 +57,10 @@ class Outbox:
                 one.abort()
 
 
-class HeldTransport(asyncio.Transport):
+class HeldTransport:
     """A stream transport whose writes wait in an ``Outbox``. All else is the transport's own. ``inner`` is for who must
-    not pay for a detour; nobody else writes to it."""
+    not pay for a detour; nobody else writes to it. (An ``asyncio.Transport`` but by name: who inherits from what is not
+    compiled is not compiled to much, see ``vllm_bootstrap.compiled``.)"""
 
     __slots__ = ("_held", "_outbox", "inner")
 
@@ -70,7 +71,7 @@ class HeldTransport(asyncio.Transport):
 
     # Writing
 
-    def write(self, data: bytes) -> None:  # type: ignore[override] # nobody writes what may change afterwards
+    def write(self, data: bytes) -> None:  # nobody writes what may change afterwards
         if self._held:
             data = self._held + data
             self._held = b""

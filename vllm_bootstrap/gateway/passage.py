@@ -23,7 +23,7 @@ from vllm_bootstrap.gateway.head import Head
 from vllm_bootstrap.gateway.inflight import RequestInfo
 from vllm_bootstrap.gateway.intake import Intake
 from vllm_bootstrap.gateway.journey import Journey
-from vllm_bootstrap.gateway.mishaps import Mishaps
+from vllm_bootstrap.gateway.mishaps import Mishaps, guarded
 from vllm_bootstrap.gateway.place import Place
 from vllm_bootstrap.gateway.stages import CONNECTING, OVER, QUEUED, READING, STATES, WAITING
 from vllm_bootstrap.gateway.upstream import STALE_WITHIN_S, UpstreamConnection
@@ -60,6 +60,7 @@ class Passage(Mishaps):
         self._stage = QUEUED
         self._journey.queued_at = time.monotonic()
 
+    @guarded
     def on_place(self, instance: Instance) -> None:
         """It is this request's turn."""
         try:
@@ -67,10 +68,12 @@ class Passage(Mishaps):
         except ApiError as error:
             self.fail(error)
 
+    @guarded
     def on_no_place(self, error: ApiError) -> None:
         """It will not be its turn."""
         self.fail(error)
 
+    @guarded
     def on_revoked(self) -> None:
         """The place is needed for others; the answer has not begun."""
         if self._connection is not None:
@@ -109,6 +112,7 @@ class Passage(Mishaps):
         self._stage, self._connection = WAITING, connection
         self._deadline = now + self._gateway.limits.upstream_first_byte_timeout_s
 
+    @guarded
     def on_unreachable(self, error: ApiError) -> None:
         """The engine could not be connected to. Nothing was sent, unless this was to repeat what a connection that
         broke may have brought there: then it may be what killed this engine, and no other one gets it."""
@@ -117,6 +121,7 @@ class Passage(Mishaps):
         else:
             self.fail(error)
 
+    @guarded
     def on_upstream_writable(self) -> None:
         self._errand.on_writable()
 
@@ -124,6 +129,7 @@ class Passage(Mishaps):
         """Something of the answer is there."""
         raise NotImplementedError
 
+    @guarded
     def on_broken(self, connection: UpstreamConnection, reason: str) -> None:
         now = self._loop.time()
         stale = connection.used_before and connection.silent and now - connection.started_at < STALE_WITHIN_S
@@ -145,6 +151,7 @@ class Passage(Mishaps):
 
     # What else happens
 
+    @guarded
     def stop(self) -> None:
         """The daemon closes."""
         self._finish(refusals.draining())
@@ -153,6 +160,7 @@ class Passage(Mishaps):
         """What is known of it now."""
         return self._journey.info(STATES[self._stage])
 
+    @guarded
     def rights_changed(self) -> None:
         """Its key may have been revoked: what has not begun ends, what runs only if the operator wants that."""
         guard, entry = self._gateway.guard, self._entry

@@ -67,12 +67,14 @@ class Pool:
 
     async def _connect(self) -> UpstreamConnection:
         loop, endpoint = asyncio.get_running_loop(), self.endpoint
-        make = functools.partial(UpstreamConnection, self)
+        make: Callable[[], Any] = functools.partial(UpstreamConnection, self)  # a protocol, but not by name
         if endpoint.uds is not None:
             return await _connect_unix(loop, make, endpoint.uds)
         assert endpoint.host is not None  # noqa: S101 - an endpoint is one or the other
         tls = (self._tls or default_tls()) if endpoint.tls else None
-        return (await loop.create_connection(make, endpoint.host, endpoint.port or 0, ssl=tls))[1]
+        connection: UpstreamConnection
+        _, connection = await loop.create_connection(make, endpoint.host, endpoint.port or 0, ssl=tls)
+        return connection
 
     def keep(self, connection: UpstreamConnection, now: float) -> None:
         """Take an idle connection back (``UpstreamConnection.release`` is the way to call this)."""
@@ -146,14 +148,14 @@ class Dial:
             task.result().abort()
 
 
-async def _connect_unix(
-    loop: asyncio.AbstractEventLoop, make: Callable[[], UpstreamConnection], path: str
-) -> UpstreamConnection:
+async def _connect_unix(loop: asyncio.AbstractEventLoop, make: Callable[[], Any], path: str) -> UpstreamConnection:
     """Connect, waiting while the engine's queue of connections is full: a Unix socket says so at once, where a port
     makes the caller wait. The caller bounds the time."""
     while True:
         try:
-            return (await loop.create_unix_connection(make, path))[1]
+            connection: UpstreamConnection
+            _, connection = await loop.create_unix_connection(make, path)
+            return connection
         except BlockingIOError:
             await asyncio.sleep(BACKLOG_PAUSE_S)
 

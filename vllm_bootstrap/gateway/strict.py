@@ -53,7 +53,7 @@ class StrictProtocol(Claims, LateProtocol):
     """
 
     gateway: ClassVar[Gateway]
-    transport: HeldTransport
+    transport: HeldTransport  # type: ignore[assignment] # a transport, but not by name
 
     def __init__(
         self,

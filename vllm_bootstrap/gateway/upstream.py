@@ -82,7 +82,7 @@ class Keeper(Protocol):
         """It ended or spoke unasked while idle."""
 
 
-class UpstreamConnection(asyncio.Protocol):
+class UpstreamConnection:
     """One connection. Between ``start`` and the answer's end it belongs to one receiver.
 
     ``status``, ``headers`` and ``trailers`` are the answer's, ``content_length`` and ``date`` apart from the others;
@@ -278,6 +278,9 @@ class UpstreamConnection(asyncio.Protocol):
         listener = self._splice or self._receiver
         if listener is not None:
             listener.on_upstream_writable()
+
+    def eof_received(self) -> None:
+        """The engine sends no more: the connection closes."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None

@@ -26,7 +26,7 @@ from vllm_bootstrap.errors import (
 from vllm_bootstrap.scheduler import gate as gate_module
 from vllm_bootstrap.scheduler.gate import ByLaunch, ByModel, Gate, Lease, Pending, Ticket
 from vllm_bootstrap.scheduler.ports import EngineSignals, NoProspects
-from vllm_bootstrap.scheduler.tickets import Grant, Usage, Watcher
+from vllm_bootstrap.scheduler.tickets import Grant, Usage
 from vllm_bootstrap.serving import Advert, Endpoint, Instance
 
 ME = Ticket("me")
@@ -297,7 +297,7 @@ class Event(NamedTuple):
     code: str | None = None
 
 
-class Notes(Watcher):
+class Notes:
     """Writes down what happens to requests."""
 
     def __init__(self, events: list[Event]) -> None:

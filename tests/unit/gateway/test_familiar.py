@@ -17,18 +17,20 @@ from vllm_bootstrap.gateway import familiar
 from vllm_bootstrap.gateway.familiar import FamiliarHeads
 from vllm_bootstrap.gateway.head import HeadLimits, parse_head
 from vllm_bootstrap.gateway.headers import may_pass
+from vllm_bootstrap.gateway.targets import ToModel
 
 RAW = (
     b"POST /v1/completions HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer sk-secret\r\n"
     b"Content-Length: 12\r\nX-Api-Key: sk-other\r\nX-Priority: batch\r\n\r\n"
 )
 WHO = Principal("who", frozenset({"realtime"}))
-ANYTHING = cast("Any", object())
+TARGET = ToModel("/v1/completions")
+ENTRY = cast("Any", object())
 
 
 def knowing(raw: bytes = RAW) -> FamiliarHeads:
     heads = FamiliarHeads(HeadLimits())
-    heads.remember(parse_head(raw, HeadLimits()), ANYTHING, ANYTHING, Pass(WHO, 1))
+    heads.remember(parse_head(raw, HeadLimits()), TARGET, ENTRY, Pass(WHO, 1))
     return heads
 
 
@@ -186,13 +188,11 @@ def test_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(familiar, "MOST_HEADS", 2)
     heads = knowing()
     for host in (b"i", b"j"):
-        heads.remember(
-            parse_head(RAW.replace(b"Host: h", b"Host: " + host), HeadLimits()), ANYTHING, ANYTHING, Pass(WHO, 1)
-        )
+        heads.remember(parse_head(RAW.replace(b"Host: h", b"Host: " + host), HeadLimits()), TARGET, ENTRY, Pass(WHO, 1))
     assert heads.read(RAW).memory is None
     assert heads.read(RAW.replace(b"Host: h", b"Host: j")).memory is not None
     long = RAW.replace(b"X-Priority: batch", b"X-Long: " + b"x" * familiar.MOST_BYTES)
-    heads.remember(parse_head(long, HeadLimits()), ANYTHING, ANYTHING, Pass(WHO, 1))
+    heads.remember(parse_head(long, HeadLimits()), TARGET, ENTRY, Pass(WHO, 1))
     assert heads.read(long).memory is None
 
 
