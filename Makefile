@@ -16,6 +16,7 @@ CODE := vllm_bootstrap tests scripts bench
 VLLM_ENGINE_ENV ?= .engine
 UV ?= uv
 ARGS ?=
+COMPILED ?= yes
 
 $(READY): requirements-dev.lock pyproject.toml scripts/make_venv.sh
 	@echo "Setting up $(VENV) ..."
@@ -29,7 +30,12 @@ setup: $(READY)  ## make .venv from the locked requirements
 
 .PHONY: run server
 run server: $(READY)  ## start the daemon on 127.0.0.1:8000 with the settings in .env, if there (ARGS='--port 9000')
+	@$(if $(filter no,$(COMPILED)),,$(PY) scripts/compile_modules.py --optional)
 	$(BIN)/vllm-bootstrap serve $(if $(wildcard .env),--env-file .env) $(ARGS)
+
+.PHONY: compiled
+compiled: $(READY)  ## compile the data plane, as `make run` does (needs a C compiler; COMPILED=no leaves it out there)
+	@$(PY) scripts/compile_modules.py
 
 .PHONY: demo
 demo: $(READY)  ## launch, chat and stop with the simulator: no GPU, no vLLM
@@ -43,6 +49,15 @@ test: $(READY)  ## all tests but those that need a real vLLM or a GPU
 test-vllm: $(READY)  ## tests against a real vLLM (CPU build, made in .engine/ the first time)
 	@$(PY) scripts/engine_env.py $(VLLM_ENGINE_ENV)
 	VLLM_ENGINE_ENV=$(VLLM_ENGINE_ENV) $(PY) -m pytest -m vllm tests/vllm $(ARGS)
+
+# Tests that go through the data plane, in this process and in daemons of their own.
+COMPILED_TESTS := $(wildcard $(addprefix tests/,integration/gateway integration/scheduler unit/gateway unit/scheduler \
+	properties/test_admission.py properties/test_skimming.py acceptance/test_faults_wire.py \
+	acceptance/test_faults_traffic.py acceptance/test_openai_client.py acceptance/test_openai_queues.py \
+	acceptance/test_requests.py acceptance/test_batch_crashes.py integration/test_compiled.py))
+.PHONY: test-compiled
+test-compiled: compiled  ## the data plane's tests once more, on what `make compiled` makes
+	$(PY) -m pytest --compiled $(COMPILED_TESTS) $(ARGS)
 
 .PHONY: lint-verify
 lint-verify: $(READY)  ## style, formatting and types; changes nothing
@@ -88,7 +103,7 @@ bench-cosched: $(READY)  ## realtime beside a saturating batch, on a real vLLM f
 	VLLM_ENGINE_ENV=$(VLLM_ENGINE_ENV) $(PY) -m bench.cosched $(ARGS)
 
 .PHONY: bench-proxy
-bench-proxy: $(READY)  ## what a proxied request and chunk cost: nginx, sglang-router, FastAPI + httpx, ours
+bench-proxy: compiled  ## what a proxied request and chunk cost: nginx, sglang-router, FastAPI + httpx, ours
 	$(PY) -m bench.proxy $(ARGS)
 
 .PHONY: bench-batches
@@ -119,7 +134,7 @@ lock:  ## remake the requirements*.lock files (needs uv; LOCK_ARGS=--upgrade for
 
 .PHONY: clean
 clean:  ## remove what make made, .engine/ included
-	rm -rf $(VENV) .engine build dist *.egg-info htmlcov coverage.json .coverage* .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .engine vllm_bootstrap/_compiled build dist *.egg-info htmlcov coverage.json .coverage* .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 .PHONY: help

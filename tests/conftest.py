@@ -12,9 +12,17 @@ import pytest
 
 from tests.support import leftovers
 from tests.support.skips import SkipList
+from vllm_bootstrap import compiled
 
 HERE = Path(__file__).resolve().parent
 GRACE_S = 10.0
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.compiled:
+        left = [one for one in items if one.get_closest_marker("interpreted") is not None]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [one for one in items if one not in left]
 
 
 class OwnTempFolder:
@@ -41,8 +49,14 @@ class OwnTempFolder:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--compiled", action="store_true", help="test the compiled data plane (make compiled)")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
+    if config.option.compiled:
+        compiled.use()  # raises where there is nothing to test; daemons that tests start do as this process does
     # Short: paths of Unix sockets end after 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="v"))
     tempfile.tempdir = str(folder)

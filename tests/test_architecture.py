@@ -35,7 +35,7 @@ LAYERS = [
     (4, ["activity", "engines", "engines.*", "gpus", "gpus.*", "auth", "auth.*"]),
     (3, ["db", "instance", "logs_setup", "metrics", "server"]),
     (2, ["settings", "statedir", "schema", "model_metrics"]),
-    (1, ["places"]),
+    (1, ["places", "compiled"]),
     (0, [""]),
 ]
 

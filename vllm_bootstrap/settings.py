@@ -206,6 +206,9 @@ class Settings(BaseSettings):
         0.90, gt=0, le=1, validation_alias=_names("gpu_memory_utilization", "GPU_MEMORY_UTILIZATION")
     )
 
+    # How the daemon runs
+    compiled: bool = True
+
     # Build facts, shown by /version
     build_sha: str = Field("dev", validation_alias=_names("build_sha", "BUILD_SHA"))
     build_time: str = Field("dev", validation_alias=_names("build_time", "BUILD_TIME"))

@@ -336,6 +336,7 @@ class Version(BaseModel):
     version: str
     build_sha: str
     build_time: str
+    data_plane: Literal["compiled", "interpreted"] = "interpreted"
     api_version: Literal["v1"] = API_VERSION
 
 

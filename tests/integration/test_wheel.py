@@ -61,7 +61,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_all_templates(wheel: Path
     wanted = {
         f"vllm_bootstrap/{path.relative_to(package)}"
         for path in package.rglob("*")
-        if path.is_file() and path.suffix != ".pyc"
+        if path.is_file() and path.suffix != ".pyc" and "_compiled" not in path.parts
     }
     wanted |= {f"vllm_bootstrap/_templates/{p.relative_to(templates)}" for p in templates.rglob("*") if p.is_file()}
     with zipfile.ZipFile(wheel) as archive:

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from tests.support import leftovers, orphans
 from tests.support.waiting import wait_for
+from vllm_bootstrap import compiled
 from vllm_bootstrap.client import Client
 
 SERVE = (sys.executable, "-m", "vllm_bootstrap", "serve")
@@ -93,6 +94,7 @@ class DaemonProcess:
             "runtime_dir": self.runtime_dir,
             "lock_dir": self.lock_dir,
             "hf_home": self.root / "hf",
+            "compiled": compiled.in_use(),
             **settings,
         }
         given = {PREFIX + name.upper(): str(value) for name, value in own.items() if value is not None}

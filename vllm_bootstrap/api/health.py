@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from starlette.responses import JSONResponse, Response
 
+from vllm_bootstrap import compiled
 from vllm_bootstrap.api.answers import answer
 from vllm_bootstrap.api.registrar import Registrar
 from vllm_bootstrap.api.services import Api
@@ -40,4 +41,11 @@ async def healthy(api: Api) -> Response:
 async def version(api: Api) -> Response:
     """Version and build of the daemon."""
     settings = api.settings
-    return answer(Version(version=api.version, build_sha=settings.build_sha, build_time=settings.build_time))
+    return answer(
+        Version(
+            version=api.version,
+            build_sha=settings.build_sha,
+            build_time=settings.build_time,
+            data_plane="compiled" if compiled.in_use() else "interpreted",
+        )
+    )

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_bootstrap import compiled
 from vllm_bootstrap.places import default_config_dir
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def run(args: Sequence[str]) -> int:
         settings, notes = load(options, os.environ, env_file)
     except UnusableSettings as exc:
         return _refuse(str(exc), 2)
+    if settings.compiled:
+        notes += _use_compiled()
     for remark in notes:
         sys.stderr.write(f"vllm-bootstrap: note: {remark}\n")
     # The daemon's code is heavy, and a wrong setting should not have to wait for it.
@@ -61,6 +64,17 @@ def run(args: Sequence[str]) -> int:
         return _refuse(str(exc), 2)
     except (StartError, AlreadyRunning, CannotOpen, OSError) as exc:
         return _refuse(str(exc), 1)
+
+
+def _use_compiled() -> tuple[str, ...]:
+    """Have the compiled modules imported where there are any. Returns what is to be said of those that do not fit."""
+    try:
+        compiled.use()
+    except compiled.NotCompiled:
+        return ()
+    except compiled.Unusable as exc:
+        return (f"the compiled data plane is not used, a request costs twice the CPU time: {exc}",)
+    return ()
 
 
 def parser() -> argparse.ArgumentParser:

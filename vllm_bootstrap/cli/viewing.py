@@ -144,7 +144,8 @@ def version(*, url: Url = None, key: Key = None, as_json: AsJson = False) -> Non
     if found is None:
         output.note(str(problem))
         return
-    output.say(f"daemon {found.version} at {where} (build {found.build_sha}, {found.build_time})")
+    build = f"build {found.build_sha}, {found.build_time}, data plane {found.data_plane}"
+    output.say(f"daemon {found.version} at {where} ({build})")
 
 
 def register(app: typer.Typer) -> None:

@@ -7,6 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.control_plane import NOW, Browser, FakeDevices, key, launch_id, make, view
 from tests.support.model_desk import FakeModels, entry
+from vllm_bootstrap import compiled
 from vllm_bootstrap.gateway.limits import RequestRecord
 from vllm_bootstrap.gpus.readings import GpuProcess, Snapshot
 from vllm_bootstrap.launches.types import EventView
@@ -40,7 +41,8 @@ def test_live_is_not_healthy(browser, services):
 def test_version_tells_the_build():
     browser = Browser(make(settings={"build_sha": "abc", "build_time": "today"}))
     expected = {"version": "9.9", "build_sha": "abc", "build_time": "today", "api_version": "v1"}
-    assert browser.get("/version").json() == expected
+    plane = "compiled" if compiled.in_use() else "interpreted"
+    assert browser.get("/version").json() == {**expected, "data_plane": plane}
 
 
 def test_gpus_have_owner_others_and_reasons(browser, services):

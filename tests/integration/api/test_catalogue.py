@@ -358,6 +358,7 @@ def test_a_form_that_is_cut_or_has_no_file_is_refused(services: Services) -> Non
     assert desk(services).uploaded == {}
 
 
+@pytest.mark.interpreted
 def test_a_key_that_ends_meanwhile_brings_nothing(services: Services) -> None:
     services.guard.is_current = lambda _caller: False  # type: ignore[method-assign]
     assert bring(as_(services, "upload")).status == 401

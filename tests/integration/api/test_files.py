@@ -192,6 +192,7 @@ def test_bad_forms_leave_nothing_behind(desk: Desk) -> None:
     assert desk.as_("ann").get("/v1/files").json()["data"] == []
 
 
+@pytest.mark.interpreted
 def test_an_upload_whose_key_was_revoked_meanwhile_is_not_kept(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(desk.services.guard, "is_current", lambda principal: False)
     assert desk.upload().status == 401
@@ -322,6 +323,7 @@ def test_who_goes_away_ends_the_reading(desk: Desk, monkeypatch: pytest.MonkeyPa
     assert [one.path for one in psutil.Process().open_files() if file_id in one.path] == []
 
 
+@pytest.mark.interpreted
 def test_a_revoked_key_reads_no_further(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "PIECE_BYTES", 1000)
     file_id = desk.uploaded(b"x" * 10_000)["id"]

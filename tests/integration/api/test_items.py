@@ -280,6 +280,7 @@ def test_a_daemon_that_ends_answers_those_who_wait(
     assert desk(services).waiting == 0
 
 
+@pytest.mark.interpreted
 def test_a_key_that_is_revoked_meanwhile_gets_no_answer(
     services: Services, browser: Browser, monkeypatch: pytest.MonkeyPatch
 ) -> None:

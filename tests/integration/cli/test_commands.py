@@ -9,6 +9,7 @@ from tests.support import commands
 from tests.support.control_plane import NOW, SECRET_LINE, failed, key, launch_id, loading, make, view
 from tests.support.listening import StubDaemon
 from tests.support.waiting import wait_for
+from vllm_bootstrap import compiled
 from vllm_bootstrap.gpus.readings import Snapshot
 from vllm_bootstrap.launches.types import EventView
 
@@ -238,7 +239,8 @@ def test_what_is_wrong_with_all_gpus(box, snapshot, said):
 
 
 def test_version(box):
-    assert box.lines("version")[1] == f"daemon 9.9 at {box.url} (build dev, dev)"
+    plane = "compiled" if compiled.in_use() else "interpreted"
+    assert box.lines("version")[1] == f"daemon 9.9 at {box.url} (build dev, dev, data plane {plane})"
     assert box.run("version", "--json").json()["daemon"]["version"] == "9.9"
     alone = box.run("version", env={"VLLM_BOOTSTRAP_URL": "http://127.0.0.1:1"})
     assert (alone.code, len(alone.out.splitlines())) == (0, 1)

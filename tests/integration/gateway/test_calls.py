@@ -796,6 +796,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("place", MISTAKES)
 def test_a_mistake_of_ours_is_told_and_costs_no_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str

@@ -112,6 +112,7 @@ def test_heads_that_come_again_frame_their_bodies_all_the_same(tmp_path: Path, c
     run(main())
 
 
+@pytest.mark.interpreted
 def test_a_head_that_comes_again_after_keys_were_changed_is_read_anew_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,6 +141,7 @@ def test_an_address_that_is_none(caplog: pytest.LogCaptureFixture) -> None:
     assert "connecting to an engine failed" in caplog.text
 
 
+@pytest.mark.interpreted
 def test_a_dial_that_is_given_up_too_late_closes_what_it_made() -> None:
     class Made:
         aborted = False

@@ -80,6 +80,7 @@ def test_a_launch_that_is_asked_without_a_name_is_asked_as_by_its_first(tmp_path
     run(main())
 
 
+@pytest.mark.interpreted
 def test_a_default_counts_like_what_a_client_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         tickets: list[Ticket] = []
