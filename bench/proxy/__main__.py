@@ -1,12 +1,12 @@
 """What a proxied request and a streamed chunk cost: ``python -m bench.proxy`` (or ``make bench-proxy``).
 
 Contenders in one run: direct, nginx, sglang-router, a FastAPI route with httpx, a splice in Python that does nothing
-but pass on, and ours with a key, admission, limits of requests and tokens, metrics and the access log on, all in front
-of the same backend over TCP; nginx and ours behind a Unix socket as well, where engines really listen. The backend
-tells what an answer used, in a stream only if it is asked, as engines do. The proxy is pinned to one core, backend and
-load to another; figures are CPU time of the proxy's processes divided by the work, medians over interleaved rounds,
-because on a shared machine CPU time is steadier than throughput. Latencies are those of paced requests on an otherwise
-idle proxy, as the median over rounds of the difference to direct in the same round.
+but pass on, and ours with a key, admission, limits of requests and tokens, metrics and the access log on, compiled and
+interpreted, all in front of the same backend over TCP; nginx and ours behind a Unix socket as well, where engines
+really listen. The backend tells what an answer used, in a stream only if it is asked, as engines do. The proxy is
+pinned to one core, backend and load to another; figures are CPU time of the proxy's processes divided by the work,
+medians over interleaved rounds, because on a shared machine CPU time is steadier than throughput. Latencies are those
+of paced requests on an otherwise idle proxy, as the median over rounds of the difference to direct in the same round.
 """
 
 from __future__ import annotations

@@ -119,6 +119,7 @@ class Starter:
             "FastAPI + httpx": lambda name: self.naive(name, backend),
             "bare splice in Python": lambda name: self.splice(name, backend),
             "vllm-bootstrap": lambda name: self.ours(name, url),
+            "vllm-bootstrap, interpreted": lambda name: self.ours(name, url, compiled=False),
             "nginx, Unix socket": lambda name: self.nginx(name, unix),
             "vllm-bootstrap, Unix socket": lambda name: self.ours(name, uds),
         }
@@ -171,7 +172,7 @@ class Starter:
         wait_for(port)
         return Contender(name, port, process)
 
-    def ours(self, name: str, where: dict[str, str]) -> Contender:
+    def ours(self, name: str, where: dict[str, str], *, compiled: bool = True) -> Contender:
         """With keys, scheduling, limits (of tokens too, settled by answers' usage), metrics and the access log on."""
         port, home = free_port(), self.folder()
         engine = {"kind": "external", "served_names": ["bench"], "slots": 1024, "keep_alive_s": 120, **where}
@@ -187,15 +188,24 @@ class Starter:
             str(home / "keys.json"), "VLLM_BOOTSTRAP_ENGINES_FILE": str(home / "engines.json"),
             "VLLM_BOOTSTRAP_STATE_DIR": str(home / "s"), "VLLM_BOOTSTRAP_RUNTIME_DIR": str(home / "r"),
             "VLLM_BOOTSTRAP_LOCK_DIR": str(home / "l"), "VLLM_BOOTSTRAP_LOG_FILE": str(home / "ours.log"),
-            "VLLM_BOOTSTRAP_DEVICES": "cpu", "MAX_IN_FLIGHT_REQUESTS": "1024",
+            "VLLM_BOOTSTRAP_DEVICES": "cpu", "MAX_IN_FLIGHT_REQUESTS": "1024", "VLLM_BOOTSTRAP_COMPILED": str(compiled),
         }  # fmt: skip
         process = self.spawn([sys.executable, "-m", "vllm_bootstrap", "serve"], core=0, log="ours", env=env)
         wait_for(port)
+        check_form(port, "compiled" if compiled else "interpreted")
         status, answer = post(port, "/launch", {"model": "bench", "engine": "bench"})
         if status not in (200, 201, 202):
             raise SystemExit(f"/launch: {status} {answer.decode()}")
         wait_until_it_passes_on(name, port, within_s=30)
         return Contender(name, port, process)
+
+
+def check_form(port: int, wanted: str) -> None:
+    """See that the daemon is what the table will say it is."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/version", timeout=30) as reply:
+        form = json.load(reply)["data_plane"]
+    if form != wanted:
+        raise SystemExit(f"the daemon's data plane is {form}: make compiled")
 
 
 def installed(package: str) -> Path | None:
