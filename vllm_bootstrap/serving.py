@@ -94,7 +94,8 @@ class Instance:
 @dataclass(frozen=True, slots=True)
 class Advert:
     """What launches tell the data plane whenever something changes. ``instance`` is set exactly while new requests
-    may be sent there; ``state`` is the launch's public state, for honest refusals; ``retry_after_s`` from its ETA.
+    may be sent there; ``state`` is the launch's public state, for honest refusals, but ``stopping`` from the moment on
+    that somebody wants its end, which is a little before others see that; ``retry_after_s`` from its ETA.
     ``stopped``: it ends or has ended because somebody wanted it to."""
 
     launch_id: str

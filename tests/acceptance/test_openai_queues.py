@@ -113,15 +113,23 @@ def test_fault_28_a_launch_that_stops_turns_away_those_who_wait_and_those_who_co
     launch_id = box.daemon.ready("org/stops", **fields)["launch_id"]
 
     async def main() -> None:
-        async with box.async_client() as client, held(client, "stops"):
-            waits = asyncio.create_task(client.completions.create(**{**ASKED, "model": "stops"}))
-            await until(lambda: box.daemon.status(launch_id)["load"]["queued"]["realtime"] == 1)
+        asked, by_id = {**ASKED, "model": "stops"}, f"/proxy/{launch_id}/v1"
+        async with box.async_client() as client, box.async_client(by_id) as pinned, held(client, "stops"):
+            waits = asyncio.create_task(client.completions.create(**asked))
+            waits_by_id = asyncio.create_task(pinned.completions.create(**asked))
+            await until(lambda: box.daemon.status(launch_id)["load"]["queued"]["realtime"] == 2)
             await asyncio.to_thread(box.daemon.stop_launch, launch_id, wait="false")
             with pytest.raises(openai.InternalServerError) as refused:
-                await client.completions.create(**{**ASKED, "model": "stops"})
-            assert_refused(refused.value, openai.InternalServerError, "draining")
-            await asyncio.wait([waits], timeout=10)
-            assert_refused(waits.exception(), openai.InternalServerError, "draining", "overloaded")
+                await client.completions.create(**asked)
+            with pytest.raises(openai.ConflictError) as refused_by_id:
+                await pinned.completions.create(**asked)
+            await asyncio.wait([waits, waits_by_id], timeout=10)
+            for error in (waits.exception(), refused.value):
+                assert_refused(error, openai.InternalServerError, "draining")
+                assert "is being stopped" in str(error)
+            for error in (waits_by_id.exception(), refused_by_id.value):
+                assert_refused(error, openai.ConflictError, "launch_not_ready")
+                assert "is stopping" in str(error)
 
     asyncio.run(main())
     box.daemon.stop_launch(launch_id)

@@ -109,7 +109,8 @@ class Journey:
         if instance is not None and instance.served_names:
             return instance.served_names[0]
         by_name = self._head.path.startswith("/v1/")
-        return self.model if by_name and self.ticket is not None and code not in NOT_SERVED else None
+        known = code not in NOT_SERVED or self.queued_at > 0.0  # nobody waits for a made-up name
+        return self.model if by_name and self.ticket is not None and known else None
 
     def _between_tokens(self, made: int, now: float) -> float | None:
         """Mean time between two tokens of one sequence of a stream."""

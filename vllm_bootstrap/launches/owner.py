@@ -86,6 +86,7 @@ class LaunchOwner:
         self.attempt: Attempt | None = None
         self.unresponsive = False
         self.withdrawn = False  # its end is certain, though it may not be written down yet
+        self._stop_wished = False
         self.next_attempt_at: float | None = None
         self.outcome: Outcome | None = None
         self.dead = asyncio.Event()
@@ -101,10 +102,16 @@ class LaunchOwner:
     def phase(self) -> lifecycle.Phase:
         return self.row.phase
 
+    @property
+    def heading_for(self) -> lifecycle.Phase:
+        """What traffic is told: ``phase``, or where the wish to stop will take it as soon as the task comes to that."""
+        return lifecycle.advance(self.phase, Event.STOP_REQUESTED) if self._stop_wished else self.phase
+
     # -- what others may ask ------------------------------------------------------------------------------------
 
     def wish_stop(self, *, force: bool) -> None:
         """Ask for the end without waiting. It begins at once, also while the task waits for a full disk. Idempotent."""
+        self._stop_wished = True  # before anybody hears of it: who is turned away now is told why
         self._withdraw()
         if self.attempt is not None:
             self.attempt.request_stop(force=force)

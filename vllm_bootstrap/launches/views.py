@@ -98,18 +98,18 @@ def _progress(owner: LaunchOwner) -> ProgressView | None:
 
 
 def advert_of(owner: LaunchOwner) -> Advert:
-    """What the data plane is told about a launch."""
-    row = owner.row
-    progress = _progress(owner)
+    """What the data plane is told about a launch. One that is wished gone counts as stopping already."""
+    row, phase = owner.row, owner.heading_for
+    progress = _progress(owner) if phase.state is State.BOOTSTRAPPING else None
     return Advert(
         launch_id=row.id,
         group_id=row.group_id,
         base_model=row.model,
         served_names=owner.spec.served_names,
-        state=row.phase.state.value,
+        state=phase.state.value,
         instance=_instance(owner),
         retry_after_s=progress.eta_s if progress is not None else None,
-        stopped=row.phase.state is State.STOPPED or row.phase.why is Why.OPERATOR,
+        stopped=phase.state is State.STOPPED or phase.why is Why.OPERATOR,
     )
 
 
@@ -117,7 +117,7 @@ def _instance(owner: LaunchOwner) -> Instance | None:
     attempt, row = owner.attempt, owner.row
     if attempt is None or attempt.endpoint is None or owner.withdrawn:
         return None
-    if not is_routable(row.phase, unresponsive=owner.unresponsive):
+    if not is_routable(owner.heading_for, unresponsive=owner.unresponsive):
         return None
     traits = attempt.traits
     return Instance(

@@ -381,6 +381,8 @@ def test_a_full_queue_a_deadline_and_a_drain(tmp_path: Path) -> None:
             plane.gateway.drain()
             reply = await third
             assert (reply.status, reply.code) == (503, "draining")
+            record = plane.records[-1]
+            assert (record.code, record.model) == ("draining", "model"), "it waited, so that name is known"
             reply = await plane.ask()
             assert (reply.status, reply.code) == (503, "draining")
             assert reply.header("connection") == "close"

@@ -15,6 +15,7 @@ from tests.support.aio import eventually, run
 from tests.support.world import World, background
 from vllm_bootstrap.errors import BadRequest, Conflict, Draining, GpuConflict, NotFound, StorageFull, Unavailable
 from vllm_bootstrap.launches.types import LaunchOrder
+from vllm_bootstrap.serving import Advert
 
 GIB = 1 << 30
 
@@ -47,6 +48,73 @@ def test_launch_ready_serve_stop():
             assert await world.events(view.launch_id) == ["created", "became_ready", "stop_requested", "released"]
             again = await world.supervisor.stop(view.launch_id)
             assert again.state == "stopped"
+
+    run(main())
+
+
+def adverts_of(world: World) -> list[Advert]:
+    """All that are made from now on."""
+    made: list[Advert] = []
+    world.on_advert = made.append
+    return made
+
+
+def test_a_launch_that_is_stopped_says_so_in_the_same_breath_as_it_leaves_traffic():
+    async def main():
+        async with World() as world:
+            view = await world.ready(knobs={"slow-stop": 1})
+            adverts = adverts_of(world)
+            world.supervisor._owners[view.launch_id].wish_stop(force=False)
+            (first,) = adverts
+            assert (first.instance, first.state, first.stopped) == (None, "stopping", True)
+            assert world.supervisor.get(view.launch_id).state == "ready", "what is told of it is what has happened"
+            await world.supervisor.stop(view.launch_id)
+            assert {advert.instance for advert in adverts} == {None}
+            assert [advert.state for advert in adverts] == ["stopping"] * (len(adverts) - 1) + ["stopped"]
+            assert await world.events(view.launch_id) == ["created", "became_ready", "stop_requested", "released"]
+
+    run(main())
+
+
+def test_a_launch_that_is_stopped_while_it_loads_promises_nothing_any_more():
+    async def main():
+        async with World() as world:
+            first = await world.ready(knobs={"boot-delay": 0.5})
+            await world.supervisor.stop(first.launch_id, force=True)
+            view = await world.launch(knobs={"boot-delay": 0.5})
+            await eventually(lambda: view.launch_id in world.adverts)
+            assert world.adverts[view.launch_id].retry_after_s is not None
+            adverts = adverts_of(world)
+            await world.supervisor.stop(view.launch_id, force=True)
+            assert (adverts[0].state, adverts[0].stopped, adverts[0].retry_after_s) == ("stopping", True, None)
+
+    run(main())
+
+
+def test_a_launch_that_dies_is_not_said_to_be_stopped():
+    async def main():
+        async with World() as world:
+            view = await world.ready()
+            adverts = adverts_of(world)
+            os.kill(view.pid, signal.SIGKILL)
+            await world.until(view.launch_id, "failed")
+            assert (adverts[0].instance, adverts[0].state) == (None, "ready")
+            assert not any(advert.stopped for advert in adverts)
+            assert {advert.instance for advert in adverts} == {None}
+
+    run(main())
+
+
+def test_a_stop_that_comes_too_late_does_not_change_how_a_launch_has_ended():
+    async def main():
+        async with World() as world:
+            view = await world.ready()
+            owner = world.supervisor._owners[view.launch_id]
+            os.kill(view.pid, signal.SIGKILL)
+            await world.until(view.launch_id, "failed")
+            owner.wish_stop(force=True)
+            advert = world.adverts[view.launch_id]
+            assert (advert.state, advert.stopped) == ("failed", False)
 
     run(main())
 
