@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import get_args
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +27,18 @@ from vllm_bootstrap.errors import (
 from vllm_bootstrap.scheduler.admission import Admission
 from vllm_bootstrap.scheduler.capacity import MAX_TAKEN_BACK
 from vllm_bootstrap.scheduler.ports import EngineSignals
-from vllm_bootstrap.scheduler.tickets import ByLaunch, ByModel, Effect, Grant, Reject, Revoke, Target, Ticket, Usage
+from vllm_bootstrap.scheduler.tickets import (
+    ByLaunch,
+    ByModel,
+    Effect,
+    Ending,
+    Grant,
+    Reject,
+    Revoke,
+    Target,
+    Ticket,
+    Usage,
+)
 from vllm_bootstrap.serving import Advert, Endpoint, Instance, RequestClass
 
 MAX_QUEUED, MAX_BYTES, TOKENS, ENQUEUED, A_MINUTE = 4, 30, 40, 25, 5
@@ -497,8 +509,8 @@ class AdmissionMachine(RuleBasedStateMachine):
             if was_coming:
                 self.another_place_is_made(one.launch)
 
-    @rule(data=st.data(), worked=st.booleans(), used=st.none() | st.integers(0, 20))
-    def ends(self, data: st.DataObject, worked: bool, used: int | None) -> None:
+    @rule(data=st.data(), ending=st.sampled_from(get_args(Ending)), used=st.none() | st.integers(0, 20))
+    def ends(self, data: st.DataObject, ending: Ending, used: int | None) -> None:
         if self.running:
             one = self.running.pop(data.draw(st.sampled_from(sorted(self.running))))
             if used is not None:
@@ -506,8 +518,8 @@ class AdmissionMachine(RuleBasedStateMachine):
                 if one.entries:
                     one.entries[0][1] = min(used, one.tokens)
                     self.window.append([self.now, max(0, used - one.tokens)])
-            self.end(one, worked=worked)
-            self.admission.done(one.id, self.now, worked=worked)
+            self.end(one, worked=ending != "unworked")
+            self.admission.done(one.id, self.now, ending)
             self.follow()
 
     @rule(data=st.data())

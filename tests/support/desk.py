@@ -10,7 +10,7 @@ import pytest
 from tests.support.budgets import HandBudget
 from vllm_bootstrap.errors import ApiError
 from vllm_bootstrap.scheduler.admission import Admission
-from vllm_bootstrap.scheduler.tickets import ByModel, Grant, Reject, Revoke, Ticket
+from vllm_bootstrap.scheduler.tickets import ByModel, Ending, Grant, Reject, Revoke, Ticket
 from vllm_bootstrap.serving import Advert, Endpoint, EngineRoute, Instance
 
 CHAT = EngineRoute("POST", "/v1/chat/completions", frozenset({"realtime"}), inference=True)
@@ -84,9 +84,9 @@ class Desk:
             self.ask(target, **ticket)
         return refused.value
 
-    def done(self, request: int) -> None:
+    def done(self, request: int, ending: Ending = "finished") -> None:
         del self.granted[request]
-        self.admission.done(request, self.now)
+        self.admission.done(request, self.now, ending)
         self.take()
 
     def cancel(self, request: int) -> None:

@@ -42,12 +42,12 @@ from vllm_bootstrap.gateway.head import Head
 from vllm_bootstrap.gateway.inflight import RequestInfo
 from vllm_bootstrap.gateway.intake import JsonIntake
 from vllm_bootstrap.gateway.mishaps import guarded
-from vllm_bootstrap.gateway.passage import CLIENT_GONE, Passage
+from vllm_bootstrap.gateway.passage import CLIENT_GONE, Passage, ending_by
 from vllm_bootstrap.gateway.stages import CONNECTING, OVER, QUEUED, RELAYING, WAITING
 from vllm_bootstrap.gateway.upstream import UpstreamConnection
 from vllm_bootstrap.gateway.usage import BodyTap
 from vllm_bootstrap.scheduler import refusals
-from vllm_bootstrap.scheduler.tickets import ByLaunch, ByModel, Target, Ticket, Usage
+from vllm_bootstrap.scheduler.tickets import ByLaunch, ByModel, Ending, Target, Ticket, Usage
 from vllm_bootstrap.serving import Instance
 
 MOST_ANSWER_BYTES = 64 * 1024 * 1024
@@ -320,15 +320,16 @@ class Call(Passage):
             self._connection.abort()
         failure = Failure(error, self.running_on, self._was_sent)
         # For want of room it is asked again, as often as it takes: that would crowd all else out of the history.
-        self._end(error.status, error.code, noted=not isinstance(error, TooManyRequests))
+        self._end(error.status, error.code, ending_by(error), noted=not isinstance(error, TooManyRequests))
         self._tell(failure)
 
     def give_up(self) -> None:
         self._free()
         self._tell(Failure(InternalError("The daemon failed to carry this request"), self.running_on, self._was_sent))
 
-    def _end(self, status: int, code: str | None, *, noted: bool = True) -> None:
-        spent = self._leave(worked=self._stage >= WAITING and self._status < 400)
+    def _end(self, status: int, code: str | None, ending: Ending = "finished", *, noted: bool = True) -> None:
+        worked = self._stage >= WAITING and self._status < 400
+        spent = self._leave(ending if worked else "unworked")
         self._free()
         if noted:
             self._gateway.record(self._journey.record(status, code, spent, self._size))

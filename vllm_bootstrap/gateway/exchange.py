@@ -23,13 +23,13 @@ from vllm_bootstrap.gateway.head import Head, Headers
 from vllm_bootstrap.gateway.intake import make_intake
 from vllm_bootstrap.gateway.loading import MOST_WORDS, STREAMS, Loading, Refusal
 from vllm_bootstrap.gateway.mishaps import guarded
-from vllm_bootstrap.gateway.passage import CLIENT_GONE, Passage
+from vllm_bootstrap.gateway.passage import CLIENT_GONE, Passage, ending_by
 from vllm_bootstrap.gateway.reading import Reading
 from vllm_bootstrap.gateway.relay import Client, Relay
 from vllm_bootstrap.gateway.stages import OVER, QUEUED, RELAYING, TUNNEL, WAITING
 from vllm_bootstrap.gateway.upstream import UpstreamConnection
 from vllm_bootstrap.scheduler import refusals
-from vllm_bootstrap.scheduler.tickets import ByModel, Target, Ticket
+from vllm_bootstrap.scheduler.tickets import ByModel, Ending, Target, Ticket
 from vllm_bootstrap.serving import Instance
 
 
@@ -178,7 +178,7 @@ class Exchange(Passage):
         self._place.stay()
         self._words += connection.take()
         if connection.complete or len(self._words) > MOST_WORDS:
-            self._place.leave(None, worked=connection.status < 400)
+            self._place.leave(None, "finished" if connection.status < 400 else "unworked")
             self.fail(Refusal(connection.status, self._words))
 
     def _may_be_revoked(self, connection: UpstreamConnection) -> bool:
@@ -306,7 +306,7 @@ class Exchange(Passage):
         if self._connection is not None:
             self._connection.abort()
         begun = self._relay.begun
-        self._end(self._relay.status if begun else error.status, error.code)
+        self._end(self._relay.status if begun else error.status, error.code, ending_by(error))
         if begun:
             self._relay.fail(error)
         else:
@@ -315,10 +315,10 @@ class Exchange(Passage):
     def give_up(self) -> None:
         self._client.cut()
 
-    def _end(self, status: int, code: str | None) -> None:
+    def _end(self, status: int, code: str | None, ending: Ending = "finished") -> None:
         journey, reading, relay, tunnel = self._journey, self._reading, self._relay, self._tunnel
         worked = self._stage >= WAITING and not (relay.begun and relay.status >= 400)
-        spent = self._leave(worked=worked)
+        spent = self._leave(ending if worked else "unworked")
         bytes_out = relay.bytes_out
         if reading is not None:
             journey.bytes_in = reading.bytes_in

@@ -59,7 +59,7 @@ class Mishaps:
         except Exception:  # noqa: BLE001 - the last resort must work whatever is broken
             _log.exception("and it could not even be answered")
         if not answered:
-            self._place.leave(None, worked=True)
+            self._place.leave(None, "finished")
             self._gateway.inflight.remove(self._journey.id)
             self.give_up()
 

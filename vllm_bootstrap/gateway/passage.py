@@ -15,7 +15,7 @@ import math
 import time
 from typing import Literal
 
-from vllm_bootstrap.errors import ApiError, Forbidden, Unauthorized, UpstreamError
+from vllm_bootstrap.errors import ApiError, Forbidden, Unauthorized, UpstreamError, UpstreamTimeout
 from vllm_bootstrap.gateway.entry import Entry, render
 from vllm_bootstrap.gateway.errand import Errand
 from vllm_bootstrap.gateway.gateway import Gateway
@@ -28,7 +28,7 @@ from vllm_bootstrap.gateway.place import Place
 from vllm_bootstrap.gateway.stages import CONNECTING, OVER, QUEUED, READING, STATES, WAITING
 from vllm_bootstrap.gateway.upstream import STALE_WITHIN_S, UpstreamConnection
 from vllm_bootstrap.scheduler import refusals
-from vllm_bootstrap.scheduler.tickets import Usage
+from vllm_bootstrap.scheduler.tickets import Ending, Usage
 from vllm_bootstrap.serving import Instance
 
 CLIENT_GONE = 499
@@ -174,14 +174,19 @@ class Passage(Mishaps):
         """End it from outside."""
         self.fail(error)
 
-    def _leave(self, *, worked: bool) -> Usage | None:
+    def _leave(self, ending: Ending) -> Usage | None:
         """It is over, however. Returns what it has used, as far as that is known."""
         journey = self._journey
         self._stage = OVER
         self._connection = None
         self._errand.end()
         spent = journey.spent()
-        self._place.leave(spent, worked=worked)
+        self._place.leave(spent, ending)
         if journey.id:
             self._gateway.inflight.remove(journey.id)
         return spent
+
+
+def ending_by(error: ApiError) -> Ending:
+    """How a request ends that its engine has got and that cannot be completed because of ``error``."""
+    return "cut" if isinstance(error, UpstreamError | UpstreamTimeout) else "finished"

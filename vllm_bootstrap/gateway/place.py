@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 from vllm_bootstrap.errors import ApiError
 from vllm_bootstrap.scheduler.gate import Gate, Lease, Pending, Target
-from vllm_bootstrap.scheduler.tickets import Ticket, Usage
+from vllm_bootstrap.scheduler.tickets import Ending, Ticket, Usage
 from vllm_bootstrap.serving import Instance
 
 MOST_ENGINES = 8
@@ -100,7 +100,7 @@ class Place:
         if self._lease is not None:
             self._lease.on_revoked = None
 
-    def leave(self, usage: Usage | None, *, worked: bool) -> None:
+    def leave(self, usage: Usage | None, ending: Ending) -> None:
         """Give it back, or do not wait any longer. ``usage``: what it used, when that is known. Idempotent."""
         pending, self._pending = self._pending, None
         lease, self._lease = self._lease, None
@@ -113,4 +113,4 @@ class Place:
                 if usage is not None:
                     lease.settle(usage)
             finally:
-                lease.release(worked=worked)
+                lease.release(ending)

@@ -59,7 +59,7 @@ from vllm_bootstrap.scheduler.ports import (
 from vllm_bootstrap.scheduler.questions import Questions
 from vllm_bootstrap.scheduler.queues import Request
 from vllm_bootstrap.scheduler.shelf import QueueBounds
-from vllm_bootstrap.scheduler.tickets import Effect, Grant, Reject, Target, Ticket, Usage
+from vllm_bootstrap.scheduler.tickets import Effect, Ending, Grant, Reject, Target, Ticket, Usage
 from vllm_bootstrap.serving import Advert, Instance
 
 MAX_QUEUED_BYTES = 256 * 1024 * 1024
@@ -258,13 +258,14 @@ class Admission(Questions):
         if request is not None and request.charge is not None:
             self.limits.settle(request.charge, usage.prompt_tokens + usage.completion_tokens, now)
 
-    def done(self, request_id: int, now: float, *, worked: bool = True) -> None:
-        """A granted request has ended, however. ``worked``: see ``KeyLimits.leave``. Idempotent."""
+    def done(self, request_id: int, now: float, ending: Ending = "finished") -> None:
+        """A granted request has ended, however. Idempotent."""
         request = self._requests.get(request_id)
         if request is None or request.launch is None:
             return
+        worked = ending != "unworked"
         launch = self._dispatcher.stop(request, now, worked=worked)
-        if worked:
+        if ending == "finished":  # what a dying engine cuts off ends all at once
             request.lane.shelf.pace.finished(now)
         self._end(request, now, worked=worked)
         waiting = launch.waiting

@@ -18,6 +18,7 @@ from time import monotonic
 
 from vllm_bootstrap.auth.types import Principal
 from vllm_bootstrap.errors import ApiError
+from vllm_bootstrap.scheduler import tickets
 from vllm_bootstrap.scheduler.admission import MAX_QUEUED_BYTES, Admission, default_budget
 from vllm_bootstrap.scheduler.leases import Lease, Pending
 from vllm_bootstrap.scheduler.limits import RateState
@@ -183,7 +184,7 @@ class Gate:
             if not outcome.done():
                 outcome.set_result(result)
             elif isinstance(result, Lease):  # the task was cancelled in this same iteration
-                result.release(worked=False)
+                result.release("unworked")
 
         got.notify = settle
         try:
@@ -191,7 +192,7 @@ class Gate:
         except asyncio.CancelledError:
             got.cancel()
             if outcome.done() and not outcome.cancelled() and isinstance(late := outcome.result(), Lease):
-                late.release(worked=False)
+                late.release("unworked")
             raise
         if isinstance(result, ApiError):
             raise result
@@ -246,11 +247,11 @@ class Gate:
         """``Lease.settle`` is the way to call this."""
         self._admission.settle(request_id, usage, monotonic())
 
-    def finish(self, request_id: int, *, worked: bool) -> None:
+    def finish(self, request_id: int, ending: tickets.Ending) -> None:
         """A lease was released (``Lease.release`` is the way to call this)."""
         self._revocable.pop(request_id, None)
         now = monotonic()
-        self._admission.done(request_id, now, worked=worked)
+        self._admission.done(request_id, now, ending)
         outcome = self._outcome
         if outcome.effects or outcome.batch_waiting:
             self._carry_out(now)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Literal, Protocol
 
 from vllm_bootstrap.errors import ApiError
-from vllm_bootstrap.scheduler.tickets import Grant, Ticket, Usage
+from vllm_bootstrap.scheduler.tickets import Ending, Grant, Ticket, Usage
 from vllm_bootstrap.serving import Instance
 
 
@@ -22,7 +22,7 @@ class Desk(Protocol):
 
     def settled(self, request_id: int, usage: Usage) -> None: ...
 
-    def finish(self, request_id: int, *, worked: bool) -> None: ...
+    def finish(self, request_id: int, ending: Ending) -> None: ...
 
     def again(self, request_id: int, lease: Lease) -> Lease | Pending: ...
 
@@ -76,12 +76,11 @@ class Lease:
         if principal is not None and principal.tokens_per_minute is not None and self._gate is not None:
             self._gate.settled(self._id, usage)
 
-    def release(self, *, worked: bool = True) -> None:
-        """Give the place back. ``worked`` False: the engine did nothing for it, so it costs no tokens. Idempotent;
-        never blocks."""
+    def release(self, ending: Ending = "finished") -> None:
+        """Give the place back. Idempotent; never blocks."""
         gate, self._gate = self._gate, None
         if gate is not None:
-            gate.finish(self._id, worked=worked)
+            gate.finish(self._id, ending)
 
     def again(self, why: Literal["revoked", "unreachable"]) -> Lease | Pending:
         """Ask again with the same ticket, at its old place in the queue; this lease is over. ``unreachable``: the
@@ -141,7 +140,7 @@ class Pending:
         """Called by the gate, once."""
         if self._over:
             if isinstance(outcome, Lease):
-                outcome.release(worked=False)
+                outcome.release("unworked")
             return
         self._over = True
         self.notify(outcome)

@@ -1,7 +1,7 @@
 """How fast requests of one served model have finished lately, and so how long a queue takes to clear. PURE.
 
-Invariant: a wait that is told rests on requests that were worked on and finished within the last minute; where there
-are none, a fixed guess is told. Recording costs one append. Time is an input.
+Invariant: a wait that is told rests on requests that have ``finished`` (``tickets.Ending``) within the last minute;
+where there are none, a fixed guess is told. Recording costs one append. Time is an input.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Pace:
     def __init__(self) -> None:
         self._finished: deque[float] = deque(maxlen=_SAMPLES)
         self.finished = self._finished.append
-        """``finished(now)``: a request has ended."""
+        """``finished(now)``: a request has."""
 
     def clears_in(self, requests: int, now: float) -> float:
         """Seconds until so many requests have gone through at today's pace."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from vllm_bootstrap.auth.types import Principal
 from vllm_bootstrap.errors import ApiError
@@ -50,6 +50,12 @@ class Usage(NamedTuple):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+
+
+Ending = Literal["finished", "cut", "unworked"]
+"""How a request has left its engine. ``finished``: it was answered, or nobody wants the answer any more. ``cut``: the
+engine failed while it worked on it; that costs tokens as well, but does not show how fast requests finish.
+``unworked``: the engine did nothing for it, so it costs no tokens."""
 
 
 @dataclass(slots=True)

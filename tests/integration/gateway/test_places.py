@@ -19,7 +19,9 @@ from tests.support.raw_upstream import EVENTS, LAST_CHUNK, RawUpstream, Visit, a
 from vllm_bootstrap.auth.keys import Key
 from vllm_bootstrap.auth.types import Principal
 from vllm_bootstrap.gateway import GatewayLimits, revive
+from vllm_bootstrap.gateway.call import Call
 from vllm_bootstrap.gateway.entry import REPLAYED_BYTES
+from vllm_bootstrap.scheduler.gate import ByLaunch
 from vllm_bootstrap.serving import Endpoint
 
 OTHER = "l00000000000000000002"
@@ -141,6 +143,59 @@ def test_an_engine_that_dies_with_requests_running_and_queued(tmp_path: Path) ->
             async with RawUpstream(tmp_path / "again").running() as engine:  # it comes back elsewhere
                 plane.announce(instance(engine.endpoint, slots=20))
                 assert (await plane.ask()).status == 200
+
+    run(main())
+
+
+@pytest.mark.parametrize("cls", ["realtime", "batch"])
+def test_a_queue_is_not_told_to_clear_sooner_because_an_engine_has_died(tmp_path: Path, cls: str) -> None:
+    ends: list[object] = []
+
+    async def script(visit: Visit) -> None:
+        if b"quick" in visit.body:
+            await visit.send(answer())
+        else:
+            await stream_once(visit)
+
+    async def occupy(plane: Plane, launch_id: str) -> None:
+        await (await plane.connect()).send(request("POST", f"/proxy/{launch_id}/v1/completions", STREAM))
+
+    async def refusal(plane: Plane) -> int:
+        reply = await plane.ask()
+        assert (reply.status, reply.code) == (429, "queue_full")
+        return int(reply.header("retry-after") or 0)
+
+    async def main() -> None:
+        async with (
+            running(tmp_path, max_queued=40) as plane,
+            RawUpstream(tmp_path / "lives", script).running() as sister,
+        ):
+            async with RawUpstream(tmp_path / "dies", script).running() as engine:
+                plane.announce(instance(engine.endpoint, slots=5), instance(sister.endpoint, OTHER, slots=1))
+                for _ in range(2):
+                    assert (await plane.ask(body={**STREAM, "prompt": "quick"})).status == 200
+                await asyncio.sleep(0.5)
+                await occupy(plane, OTHER)
+                for number in range(4):
+                    if cls == "realtime":
+                        await occupy(plane, LAUNCH)
+                    else:
+                        body, path = json.dumps({"model": "model", "prompt": "x"}).encode(), "/v1/completions"
+                        Call(plane.gateway, KEYS["sk-batch"], ByLaunch(LAUNCH), path, body, on_end=ends.append).start()
+                    await eventually(lambda so_far=number: plane.in_use() == so_far + 2)
+                await eventually(lambda: not plane.gate._revocable)  # the answers of batch have begun
+                await occupy(plane, LAUNCH)
+                for _ in range(40):
+                    await (await plane.connect()).send(request())
+                await eventually(lambda: plane.in_use() == 6 and plane.queued() == 40)
+                before = await refusal(plane)
+                assert before >= 10  # half a second for each pair
+                engine.abort_all()
+                (tmp_path / "dies").unlink()
+                await eventually(lambda: plane.in_use() == 1 and plane.queued() == 40)
+            assert sum(record.code == "upstream_error" for record in plane.records) == 5
+            assert len(ends) == (4 if cls == "batch" else 0)
+            assert await refusal(plane) >= before
 
     run(main())
 

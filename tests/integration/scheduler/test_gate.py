@@ -461,7 +461,7 @@ def test_one_timer_wakes_the_gate_when_a_budget_changes() -> None:
         assert kinds(events) == [("promoted", "batch"), ("admitted", "batch")]
         assert gate.budgets()["a"].batch_sequences == 1
         assert batch.lease is not None
-        batch.lease.release(worked=False)
+        batch.lease.release("unworked")
         assert at_rest(gate)
 
     run(main())

@@ -19,7 +19,7 @@ from vllm_bootstrap.errors import (
 )
 from vllm_bootstrap.scheduler.admission import Admission
 from vllm_bootstrap.scheduler.budget import Budget, BudgetPolicy
-from vllm_bootstrap.scheduler.tickets import ByLaunch, ByModel
+from vllm_bootstrap.scheduler.tickets import ByLaunch, ByModel, Ending
 from vllm_bootstrap.serving import LoadReport
 
 
@@ -180,7 +180,8 @@ def test_8_retry_after_is_what_the_queue_has_needed_lately() -> None:
     assert desk.refusal().retry_after == 5
 
 
-def test_8_what_no_engine_worked_on_says_nothing_about_the_pace() -> None:
+@pytest.mark.parametrize("ending", ["cut", "unworked"])
+def test_8_what_has_not_finished_says_nothing_about_the_pace(ending: Ending) -> None:
     desk = Desk(launch(slots=40), max_queued=40)
     for second in range(20):
         desk.now = float(second)
@@ -191,10 +192,20 @@ def test_8_what_no_engine_worked_on_says_nothing_about_the_pace() -> None:
     desk.now = 20.0
     before = desk.refusal().retry_after
     for request in running[:39]:
-        desk.admission.done(request, desk.now, worked=False)
-        desk.take()
+        desk.done(request, ending)
         desk.ask()
     assert desk.refusal().retry_after == before == 40
+
+
+def test_what_an_engine_has_cut_off_has_cost_its_tokens() -> None:
+    key = Principal("key", frozenset({"realtime"}), tokens_per_minute=100)
+    desk = Desk(launch(slots=4))
+    for ending, left in (("finished", 90), ("cut", 80), ("unworked", 80)):
+        desk.done(desk.ask(principal=key, prompt_tokens=6, output_tokens=4), ending)
+        rate = desk.admission.limits.rate(key, desk.now)
+        assert rate is not None
+        assert rate.tokens is not None
+        assert rate.tokens.remaining == left
 
 
 def test_9_realtime_goes_before_batch_and_each_class_in_order() -> None:

@@ -146,7 +146,7 @@ def test_d_the_budget_is_told_which_batch_requests_an_engine_has_done() -> None:
     assert desk.revoked == [youngest]
     desk.again(youngest)
     desk.done(oldest)
-    desk.admission.done(failed, desk.now, worked=False)
+    desk.admission.done(failed, desk.now, "unworked")
     budget = desk.budgets[0]
     assert len(budget.of("batch_ended")) == 3
     assert budget.of("batch_worked") == [budget.of("batch_ended")[1][:1]]
