@@ -19,11 +19,12 @@ NOT_SERVED = frozenset({"model_not_found", "not_found", "draining"})
 
 
 class Journey:
-    """Set as things happen. Times are ``time.monotonic``: the loop's stands still within an iteration."""
+    """Set as things happen. Times are ``time.monotonic``: the loop's stands still within an iteration. ``waited``: it
+    was in a queue, in vain."""
 
     __slots__ = (
         "_head", "_started_at", "bytes_in", "first_byte_at", "granted_at", "id", "instance", "model", "owner",
-        "queue_ms", "queued_at", "request_id", "stream", "tap", "ticket",
+        "queue_ms", "queued_at", "request_id", "stream", "tap", "ticket", "waited",
     )  # fmt: skip
 
     def __init__(self, request_id: str, head: Head) -> None:
@@ -37,7 +38,7 @@ class Journey:
         self.instance: Instance | None = None
         self.tap: Tap | None = None
         self.first_byte_at: float | None = None
-        self.stream = False
+        self.stream = self.waited = False
         self.queue_ms = self.bytes_in = 0
         self.queued_at = self.granted_at = 0.0
 
@@ -109,7 +110,7 @@ class Journey:
         if instance is not None and instance.served_names:
             return instance.served_names[0]
         by_name = self._head.path.startswith("/v1/")
-        known = code not in NOT_SERVED or self.queued_at > 0.0  # nobody waits for a made-up name
+        known = self.waited or code not in NOT_SERVED  # nobody waits for a made-up name
         return self.model if by_name and self.ticket is not None and known else None
 
     def _between_tokens(self, made: int, now: float) -> float | None:

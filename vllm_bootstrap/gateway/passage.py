@@ -71,6 +71,7 @@ class Passage(Mishaps):
     @guarded
     def on_no_place(self, error: ApiError) -> None:
         """It will not be its turn."""
+        self._journey.waited = True
         self.fail(error)
 
     @guarded

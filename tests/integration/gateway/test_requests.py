@@ -243,6 +243,7 @@ def test_unknown_models(tmp_path: Path) -> None:
         async with running(tmp_path) as plane:
             reply = await plane.ask(body={"model": "nope"})
             assert (reply.status, reply.code, reply.json["error"]["param"]) == (404, "model_not_found", "model")
+            assert plane.records[-1].model is None, "nobody gets names of their own into the history"
 
     run(main())
 
