@@ -20,7 +20,7 @@ COPY vllm_bootstrap /src/vllm_bootstrap
 RUN /build/bin/python -m pip wheel --no-cache-dir --no-deps --no-build-isolation -w /wheels /src
 # The data plane as machine code, for half of what a request costs; where the base has no C compiler or no headers of
 # Python the image works without. `/version` tells which it is.
-COPY requirements.lock scripts/compile_modules.py /src/scripts/
+COPY requirements.lock scripts/compile_modules.py scripts/code_map.py /src/scripts/
 RUN /build/bin/python -m pip install --no-cache-dir --require-hashes -r /src/scripts/requirements.lock \
     && /build/bin/python /src/scripts/compile_modules.py --optional \
     && mkdir -p /src/vllm_bootstrap/_compiled

@@ -30,7 +30,7 @@ setup: $(READY)  ## make .venv from the locked requirements
 
 .PHONY: run server
 run server: $(READY)  ## start the daemon on 127.0.0.1:8000 with the settings in .env, if there (ARGS='--port 9000')
-	@$(if $(filter no,$(COMPILED)),,$(PY) scripts/compile_modules.py --optional)
+	@$(if $(filter no false 0,$(COMPILED) $(VLLM_BOOTSTRAP_COMPILED)),,$(PY) scripts/compile_modules.py --optional)
 	$(BIN)/vllm-bootstrap serve $(if $(wildcard .env),--env-file .env) $(ARGS)
 
 .PHONY: compiled
@@ -54,7 +54,7 @@ test-vllm: $(READY)  ## tests against a real vLLM (CPU build, made in .engine/ t
 COMPILED_TESTS := $(wildcard $(addprefix tests/,integration/gateway integration/scheduler unit/gateway unit/scheduler \
 	properties/test_admission.py properties/test_skimming.py acceptance/test_faults_wire.py \
 	acceptance/test_faults_traffic.py acceptance/test_openai_client.py acceptance/test_openai_queues.py \
-	acceptance/test_requests.py acceptance/test_batch_crashes.py integration/test_compiled.py))
+	acceptance/test_requests.py acceptance/test_batch_crashes.py acceptance/test_compiled_daemon.py integration/test_compiled.py))
 .PHONY: test-compiled
 test-compiled: compiled  ## the data plane's tests once more, on what `make compiled` makes
 	$(PY) -m pytest --compiled $(COMPILED_TESTS) $(ARGS)

@@ -3,23 +3,29 @@
 
 Makes the twins that ``vllm_bootstrap.compiled`` tells about, with mypyc, which comes with the type checker and needs
 types that are right, as they must be here anyway. Takes a C compiler and Python's headers. What was made before from
-the same sources is kept; what is new replaces the old all at once, and only when all of it could be imported.
+the same sources is kept. New files lie in a folder of their own; they count from the moment on at which the manifest
+names them, so that nobody ever sees a part, and two of these at once do not harm each other.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # where nothing is installed
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # where nothing is installed
+
+import code_map  # noqa: E402
 
 from vllm_bootstrap import compiled  # noqa: E402
 
@@ -31,9 +37,13 @@ NOT_COMPILED = {
     "gateway/late.py": "inherits from uvicorn's protocol",
     "gateway/protocol.py": "inherits from uvicorn's protocol",
     "gateway/strict.py": "inherits from uvicorn's protocol",
-    "scheduler/ports.py": "others inherit from its protocols",
     "gateway/uploads.py": "has an asynchronous generator, which mypyc does not know",
+    "scheduler/ports.py": "others inherit from its protocols",
 }
+
+
+LEFT_OVER_S = 600
+"""Folders that the manifest does not name are removed once they are so old."""
 
 
 class CannotCompile(Exception):
@@ -47,30 +57,28 @@ def main() -> int:
     args = parser.parse_args()
     try:
         compile_package(args.package.resolve())
-    except CannotCompile as exc:
+    except (CannotCompile, OSError) as exc:
         print(f"The data plane is not compiled: {exc}. It works all the same; a request costs twice the CPU time.")
         return 0 if args.optional else 1
     return 0
 
 
 def compile_package(package: Path) -> None:
-    """Raises ``CannotCompile``."""
+    """Raises ``CannotCompile``, ``OSError``."""
+    if package.name != "vllm_bootstrap":
+        raise CannotCompile(f"{package} is not the folder vllm_bootstrap")
     wanted = modules(package)
-    home = compiled.folder(package)
-    if is_current(home, wanted):
+    if is_current(package):
         print(f"The data plane is compiled already ({len(wanted)} modules)")
         return
     check_tools()
-    print(f"Compiling {len(wanted)} modules of the data plane, once: about a minute ...", flush=True)
+    home = compiled.folder(package)
+    home.mkdir(parents=True, exist_ok=True)  # before the minute that it takes: perhaps nobody may write here
+    print(f"Compiling {len(wanted)} modules of the data plane, once: about a minute on two cores ...", flush=True)
     with tempfile.TemporaryDirectory(prefix="vllm-bootstrap-compile") as scratch:
+        sources = fingerprints(package, wanted)  # of what is compiled now: a later edit makes it stale
         made = build(package, wanted, Path(scratch))
-        write_manifest(made, package, wanted)
-        check(made, package)
-        home.parent.mkdir(exist_ok=True)
-        fresh = home.with_name(f"{home.name}.{os.getpid()}")
-        shutil.copytree(made, fresh)
-        shutil.rmtree(home, ignore_errors=True)
-        fresh.rename(home)
+        install(made, package, wanted, sources)
     print(f"Compiled into {home}")
 
 
@@ -82,17 +90,39 @@ def modules(package: Path) -> dict[str, Path]:
     return {".".join((package.name, *path.with_suffix("").parts)): package / path for path in kept}
 
 
-def is_current(home: Path, wanted: dict[str, Path]) -> bool:
+def fingerprints(package: Path, wanted: dict[str, Path]) -> dict[str, str]:
+    """Of these sources and all they import, for the types too: machine code relies on what those are."""
+    known = code_map.modules(package.parent)
+    names = {name.partition(".")[2] for name in wanted}
+    left = list(names)
+    while left:
+        fresh = known[left.pop()].imports - names
+        names |= fresh
+        left += fresh
+    paths = sorted(known[name].path for name in names)
+    return {path.relative_to(package).as_posix(): compiled.fingerprint(path) for path in paths}
+
+
+def compiler() -> str:
+    """What compiles: a newer one may make better code of the same sources."""
     try:
-        known = json.loads((home / compiled.MANIFEST).read_bytes())
-    except (OSError, ValueError):
+        return f"mypy {importlib.metadata.version('mypy')}"
+    except importlib.metadata.PackageNotFoundError:
+        raise CannotCompile("mypy is not installed") from None
+
+
+def is_current(package: Path) -> bool:
+    """Whether what there is may stay. New modules show in those that import them."""
+    try:
+        manifest = compiled.read_manifest(package)
+        compiled.check(manifest, package)
+        return manifest.made_with == compiler()
+    except (compiled.Unusable, CannotCompile):
         return False
-    sources = {name: source for name, (_, source) in known.items() if source is not None}
-    whole = all((home / file).is_file() for file, _ in known.values())
-    return whole and sources == {name: compiled.fingerprint(path) for name, path in wanted.items()}
 
 
 def check_tools() -> None:
+    compiler()
     cc = str(sysconfig.get_config_var("CC") or "cc").split()[0]
     if shutil.which(cc) is None:
         raise CannotCompile(f"there is no C compiler ({cc})")
@@ -103,13 +133,15 @@ def check_tools() -> None:
             raise CannotCompile(f"{module.partition('.')[0]} is not installed")
 
 
+# Four libraries can be compiled side by side. One for each module could, too, but would cost 10 MB of memory.
 BUILD = """
 import os, sys
 from mypyc.build import mypycify
 from setuptools import Distribution
 from setuptools.command.build_ext import build_ext
 out, *paths = sys.argv[1:]
-extensions = mypycify(paths, opt_level="2", debug_level="0", separate=True, target_dir=os.path.join(out, "c"))
+groups = [(paths[first::4], None) for first in range(4)]
+extensions = mypycify(paths, opt_level="2", debug_level="0", separate=groups, target_dir=os.path.join(out, "c"))
 command = build_ext(Distribution({"name": "twins", "ext_modules": extensions}))
 command.build_lib, command.build_temp = os.path.join(out, "twins"), os.path.join(out, "o")
 command.parallel = os.cpu_count()
@@ -131,32 +163,57 @@ def build(package: Path, wanted: dict[str, Path], scratch: Path) -> Path:
     return scratch / "twins"
 
 
-def write_manifest(made: Path, package: Path, wanted: dict[str, Path]) -> None:
-    """What ``compiled.use`` reads: for each module its file and its source; what they share has no source."""
+def install(made: Path, package: Path, wanted: dict[str, Path], sources: dict[str, str]) -> None:
+    """Have the daemon find what was made: the files first, each whole on the disk, then the manifest that names them.
+    Raises ``CannotCompile``, ``OSError``; then what was there before still counts."""
     suffix = str(sysconfig.get_config_var("EXT_SUFFIX"))
-    files = {path.relative_to(made) for path in made.rglob(f"*{suffix}")}
-    names = {str(path).removesuffix(suffix).replace("/", "."): path for path in files}
-    missing = sorted(wanted.keys() - names.keys())
+    paths = {path.relative_to(made): path for path in made.rglob(f"*{suffix}")}
+    found = {str(below).removesuffix(suffix).replace("/", "."): path for below, path in paths.items()}
+    missing = sorted(wanted.keys() - found.keys())
     if missing:
         raise CannotCompile(f"mypyc made nothing of {missing[0]}")
-    manifest = {
-        name: (str(path), compiled.fingerprint(wanted[name]) if name in wanted else None)
-        for name, path in sorted(names.items())
-    }
-    (made / compiled.MANIFEST).write_text(json.dumps(manifest, indent=0))
-    if package.name != "vllm_bootstrap":
-        raise CannotCompile(f"{package} is not the folder vllm_bootstrap")
+    home = compiled.folder(package)
+    fresh = home / secrets.token_hex(8)
+    try:
+        files = {}
+        for name, path in sorted(found.items()):
+            file = fresh / path.relative_to(made)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write(file, path.read_bytes())
+            files[name] = (str(file.relative_to(home)), file.stat().st_size)
+        try_to_import({name: home / file for name, (file, _) in files.items()}, package)
+        manifest = {"made_with": compiler(), "sources": sources, "files": files}
+        draft = fresh / compiled.MANIFEST
+        write(draft, json.dumps(manifest, indent=0).encode())
+        draft.replace(home / compiled.MANIFEST)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    for other in home.iterdir():  # not what another of these is writing just now, nor what a daemon is just loading
+        if other.is_dir() and other != fresh and time.time() - other.stat().st_mtime > LEFT_OVER_S:
+            shutil.rmtree(other, ignore_errors=True)
 
 
-def check(made: Path, package: Path) -> None:
+def write(path: Path, data: bytes) -> None:
+    """So that it is there after a power cut, too, and everybody who may run the package may read it."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    path.chmod(0o644)
+
+
+def try_to_import(files: dict[str, Path], package: Path) -> None:
     """See that all of it can be imported."""
     program = (
-        "import json, pathlib, sys, importlib; from vllm_bootstrap import compiled; made = pathlib.Path(sys.argv[1]);"
-        "files = {name: made / file for name, (file, _) in json.loads((made / compiled.MANIFEST).read_text()).items()};"
-        "sys.meta_path.insert(0, compiled.TwinFinder(files)); [importlib.import_module(name) for name in files]"
+        "import importlib, json, pathlib, sys; sys.path.insert(0, sys.argv[1]); from vllm_bootstrap import compiled;"
+        "files = json.loads(sys.argv[2]);"
+        "sys.meta_path.insert(0, compiled.TwinFinder({name: pathlib.Path(file) for name, file in files.items()}));"
+        "[importlib.import_module(name) for name in files]"
     )
-    command = [sys.executable, "-c", program, str(made)]
-    done = subprocess.run(command, cwd=package.parent, check=False, capture_output=True, text=True)
+    told = json.dumps({name: str(file) for name, file in files.items()})
+    command = [sys.executable, "-c", program, str(package.parent), told]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         sys.stderr.write(done.stderr)
         raise CannotCompile("what was compiled cannot be imported; the reason is above")

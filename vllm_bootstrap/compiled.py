@@ -3,19 +3,22 @@
 ``scripts/compile_modules.py`` makes them from the very sources beside this file, with mypyc: the same code as machine
 code, for half of what a request costs. They lie in ``_compiled``, in a folder for each kind of interpreter.
 
-Invariant: what runs is what the sources say. The twins are used all together or not at all, only if each was made from
-its source as it is now, and only in a process that has not imported any of these modules yet. Without them, or with old
-ones, the same modules are interpreted. Must not know: what is compiled, and who asks.
+Invariant: what runs is what the sources say. The twins are used all together or not at all: only if these sources and
+all that these build upon are as they were when the twins were made, only if every one of them can be loaded, and only
+in a process that has not imported any of them yet. Else the same modules are interpreted. Must not know: what is
+compiled, and who asks.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.machinery
 import json
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
@@ -34,63 +37,85 @@ class NotCompiled(Unusable):
     """There are none for this interpreter."""
 
 
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """``sources``: fingerprints of what was compiled and of what that builds upon, by path below the package.
+    ``files``: of each module to import, and of what they share, the file below the folder and its size in bytes.
+    ``made_with``: by which compiler."""
+
+    sources: Mapping[str, str]
+    files: Mapping[str, tuple[str, int]]
+    made_with: str
+
+
 def folder(package: Path = PACKAGE) -> Path:
     """Where those for this interpreter lie: what is compiled for another one does not fit."""
     return package / "_compiled" / str(sysconfig.get_config_var("SOABI"))
 
 
 def fingerprint(source: Path) -> str:
-    """By what a source is known."""
-    return hashlib.sha256(source.read_bytes()).hexdigest()
+    """By what a source is known; empty for one that cannot be read."""
+    try:
+        return hashlib.sha256(source.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
-def source_of(name: str, package: Path = PACKAGE) -> Path:
-    """The source of a module, by its full name."""
-    return package.joinpath(*name.split(".")[1:]).with_suffix(".py")
+def read_manifest(package: Path = PACKAGE) -> Manifest:
+    """What was compiled. Raises ``Unusable``."""
+    path = folder(package) / MANIFEST
+    try:
+        told = json.loads(path.read_bytes())
+        files = {str(name): (str(file), int(size)) for name, (file, size) in told["files"].items()}
+        sources = {str(name): str(known) for name, known in told["sources"].items()}
+        return Manifest(sources, files, str(told["made_with"]))
+    except FileNotFoundError:
+        raise NotCompiled("nothing was compiled for this Python") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as exc:
+        raise Unusable(f"{path} cannot be read ({type(exc).__name__}: {exc})") from None
+
+
+def check(manifest: Manifest, package: Path = PACKAGE) -> None:
+    """See that the sources have not changed and the files are whole. Raises ``Unusable``."""
+    for name, known in manifest.sources.items():
+        if fingerprint(package / name) != known:
+            raise Unusable(f"{name} has changed since they were compiled")
+    for file, size in manifest.files.values():
+        path = folder(package) / file
+        if not path.is_file() or path.stat().st_size != size:
+            raise Unusable(f"{path} is not as it was made")
+    if not manifest.sources or not manifest.files:
+        raise Unusable("there are none in the manifest")
 
 
 def use(package: Path = PACKAGE) -> int:
-    """From now on import the twins. Returns how many there are; 0: they are in use already. Raises ``Unusable``: then
-    nothing has changed. Reads all of their sources, which takes milliseconds."""
+    """Import the twins, now. Returns how many there are; 0: they are in use already. Raises ``Unusable``: then nothing
+    has changed. Reads their sources and all that these build upon, which takes milliseconds."""
     if in_use():
         return 0
-    files = _read_manifest(package)
-    early = sorted(name for name in files if name in sys.modules)
+    manifest = read_manifest(package)
+    check(manifest, package)
+    early = sorted(name for name in manifest.files if name in sys.modules)
     if early:
         raise Unusable(f"{early[0]} was imported before")
-    sys.meta_path.insert(0, TwinFinder(files))
-    return len(files)
+    before = set(sys.modules)
+    finder = TwinFinder({name: folder(package) / file for name, (file, _) in manifest.files.items()})
+    sys.meta_path.insert(0, finder)
+    try:
+        for name in manifest.files:
+            importlib.import_module(name)
+    except ImportError as exc:
+        sys.meta_path.remove(finder)
+        for name in set(sys.modules) - before:  # what was imported meanwhile may hold on to some of them
+            if name in manifest.files or name.partition(".")[0] == PACKAGE.name:
+                del sys.modules[name]
+        raise Unusable(f"they cannot be loaded: {exc}") from None
+    return len(manifest.files)
 
 
 def in_use() -> bool:
-    """Whether this process imports the twins."""
+    """Whether this process has imported the twins."""
     return any(isinstance(finder, TwinFinder) for finder in sys.meta_path)
-
-
-def _read_manifest(package: Path) -> dict[str, Path]:
-    """The file of each module that is compiled, checked against its source."""
-    home = folder(package)
-    try:
-        manifest = json.loads((home / MANIFEST).read_bytes())
-    except FileNotFoundError:
-        raise NotCompiled("nothing was compiled for this Python") from None
-    except (OSError, ValueError) as exc:
-        raise Unusable(f"{home / MANIFEST} cannot be read: {exc}") from None
-    files: dict[str, Path] = {}
-    for name, (file, source) in manifest.items():
-        if not (home / file).is_file():
-            raise Unusable(f"{home / file} is missing")
-        if source is not None and not _is_from(source_of(name, package), source):
-            raise Unusable(f"{name} has changed since it was compiled")
-        files[name] = home / file
-    return files
-
-
-def _is_from(source: Path, known: str) -> bool:
-    try:
-        return fingerprint(source) == known
-    except OSError:
-        return False
 
 
 class TwinFinder(MetaPathFinder):
