@@ -56,7 +56,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.compiled:
-        compiled.use()  # raises where there is nothing to test; daemons that tests start do as this process does
+        compiled.use()  # raises where there is nothing to test
+    from tests.support import daemon  # noqa: PLC0415 - not before, since that imports some of what is compiled
+
+    daemon.FORM["compiled"] = compiled.in_use()
     # Short: paths of Unix sockets end after 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="v"))
     tempfile.tempdir = str(folder)

@@ -23,12 +23,13 @@ from urllib.parse import urlsplit
 
 from tests.support import leftovers, orphans
 from tests.support.waiting import wait_for
-from vllm_bootstrap import compiled
 from vllm_bootstrap.client import Client
 
 SERVE = (sys.executable, "-m", "vllm_bootstrap", "serve")
 PREFIX = "VLLM_BOOTSTRAP_"
 ENDED = ("stopped", "failed")
+# In tests the form of the data plane that is tested (see ``conftest``); elsewhere whatever is at hand.
+FORM: dict[str, Any] = {}
 KILL_ROUNDS = 20
 # Short times, so that what takes its time in production does not in tests.
 QUICK = {
@@ -94,7 +95,7 @@ class DaemonProcess:
             "runtime_dir": self.runtime_dir,
             "lock_dir": self.lock_dir,
             "hf_home": self.root / "hf",
-            "compiled": compiled.in_use(),
+            **FORM,
             **settings,
         }
         given = {PREFIX + name.upper(): str(value) for name, value in own.items() if value is not None}
