@@ -18,7 +18,7 @@ COPY pyproject.toml README.md LICENSE CHANGELOG.md /src/
 COPY templates /src/templates
 COPY vllm_bootstrap /src/vllm_bootstrap
 RUN /build/bin/python -m pip wheel --no-cache-dir --no-deps --no-build-isolation -w /wheels /src
-# The data plane as machine code, for half of what a request costs; where the base has no C compiler or no headers of
+# The data plane as machine code: a request costs little more than half; where the base has no C compiler or no headers of
 # Python the image works without. `/version` tells which it is.
 COPY requirements.lock scripts/compile_modules.py scripts/code_map.py /src/scripts/
 RUN /build/bin/python -m pip install --no-cache-dir --require-hashes -r /src/scripts/requirements.lock \

@@ -1,7 +1,8 @@
 """The compiled twins of the modules that every request goes through, used where they are at hand.
 
 ``scripts/compile_modules.py`` makes them from the very sources beside this file, with mypyc: the same code as machine
-code, for half of what a request costs. They lie in ``_compiled``, in a folder for each kind of interpreter.
+code, for little more than half of what a request costs. They lie in ``_compiled``, in a folder for each kind of
+interpreter.
 
 Invariant: what runs is what the sources say. The twins are used all together or not at all: only if these sources and
 all that these build upon are as they were when the twins were made, only if every one of them can be loaded, and only

@@ -13,7 +13,7 @@ from tests.support.daemon import DaemonProcess
 from vllm_bootstrap import compiled
 
 ROOT = Path(__file__).resolve().parents[2]
-NOTE = "note: the compiled data plane is not used, a request costs twice the CPU time: "
+NOTE = "note: the compiled data plane is not used, a request costs nearly twice the CPU time: "
 
 
 def form(daemon: DaemonProcess) -> str:

@@ -73,7 +73,7 @@ def _use_compiled() -> tuple[str, ...]:
     except compiled.NotCompiled:
         return ()
     except compiled.Unusable as exc:
-        return (f"the compiled data plane is not used, a request costs twice the CPU time: {exc}",)
+        return (f"the compiled data plane is not used, a request costs nearly twice the CPU time: {exc}",)
     return ()
 
 
