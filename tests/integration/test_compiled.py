@@ -204,23 +204,39 @@ def test_what_is_new_counts_all_at_once_and_old_folders_go(
     assert not (home / "old").exists()
 
 
-@pytest.mark.parametrize(("options", "code"), [([], 1), (["--optional"], 0)])
-def test_without_a_compiler_it_says_so_and_leaves_everything_as_it_is(
-    tmp_path: Path, options: list[str], code: int
-) -> None:
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A package with nothing in it to compile but what must be there."""
     package = tmp_path / "vllm_bootstrap"
-    package.mkdir()
     for name in (*compile_modules.PACKAGES, "auth"):
-        (package / name).mkdir()
+        (package / name).mkdir(parents=True)
     for name in compile_modules.MODULES:
         (package / name).write_text("")
-    program = [sys.executable, str(ROOT / "scripts" / "compile_modules.py"), "--package", str(package), *options]
-    done = subprocess.run(
-        program, capture_output=True, text=True, check=False, env={"PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    )
+    return package
+
+
+@pytest.mark.parametrize(("options", "code"), [([], 1), (["--optional"], 0)])
+def test_without_a_compiler_it_says_so_and_leaves_everything_as_it_is(
+    bare: Path, options: list[str], code: int
+) -> None:
+    program = [sys.executable, str(ROOT / "scripts" / "compile_modules.py"), "--package", str(bare), *options]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, env={"PATH": str(bare)})
     assert done.returncode == code, done.stderr
     assert "The data plane is not compiled: there is no C compiler" in done.stdout
-    assert not (package / "_compiled").exists()
+    assert not (bare / "_compiled").exists()
+
+
+@pytest.mark.parametrize(("options", "code"), [([], 1), (["--optional"], 0)])
+def test_where_nothing_may_be_written_it_says_so_before_it_compiles(
+    bare: Path, options: list[str], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (bare / "_compiled").write_text("in the way, also of root")
+    monkeypatch.setattr(compile_modules, "check_tools", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["compile_modules.py", "--package", str(bare), *options])
+    assert compile_modules.main() == code
+    said = capsys.readouterr().out
+    assert "The data plane is not compiled: [Errno " in said
+    assert "Compiling" not in said
 
 
 def test_nothing_that_is_interpreted_inherits_from_what_is_compiled() -> None:
