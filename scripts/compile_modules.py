@@ -52,7 +52,9 @@ class CannotCompile(Exception):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--package", type=Path, default=ROOT / "vllm_bootstrap", help="the folder vllm_bootstrap")
+    parser.add_argument(
+        "--package", type=Path, default=ROOT / "vllm_bootstrap", help="the folder vllm_bootstrap of a checkout"
+    )
     parser.add_argument("--optional", action="store_true", help="exit with 0 where it cannot be compiled")
     args = parser.parse_args()
     try:
@@ -68,7 +70,7 @@ def compile_package(package: Path) -> None:
     if package.name != "vllm_bootstrap":
         raise CannotCompile(f"{package} is not the folder vllm_bootstrap")
     wanted = modules(package)
-    if is_current(package):
+    if is_current(package, wanted):
         print(f"The data plane is compiled already ({len(wanted)} modules)")
         return
     check_tools()
@@ -111,12 +113,13 @@ def compiler() -> str:
         raise CannotCompile("mypy is not installed") from None
 
 
-def is_current(package: Path) -> bool:
-    """Whether what there is may stay. New modules show in those that import them."""
+def is_current(package: Path, wanted: dict[str, Path]) -> bool:
+    """Whether what there is may stay."""
     try:
         manifest = compiled.read_manifest(package)
         compiled.check(manifest, package)
-        return manifest.made_with == compiler()
+        made = {name for name in manifest.files if name.partition(".")[0] == package.name}
+        return made == wanted.keys() and manifest.made_with == compiler()
     except (compiled.Unusable, CannotCompile):
         return False
 
@@ -195,12 +198,11 @@ def install(made: Path, package: Path, wanted: dict[str, Path], sources: dict[st
 
 
 def write(path: Path, data: bytes) -> None:
-    """So that it is there after a power cut, too, and everybody who may run the package may read it."""
+    """So that it is there after a power cut, too."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    path.chmod(0o644)
 
 
 def try_to_import(files: dict[str, Path], package: Path) -> None:

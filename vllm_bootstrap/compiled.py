@@ -105,12 +105,12 @@ def use(package: Path = PACKAGE) -> int:
     try:
         for name in manifest.files:
             importlib.import_module(name)
-    except ImportError as exc:
+    except Exception as exc:  # noqa: BLE001 - whatever it is, the sources may do without
         sys.meta_path.remove(finder)
         for name in set(sys.modules) - before:  # what was imported meanwhile may hold on to some of them
             if name in manifest.files or name.partition(".")[0] == PACKAGE.name:
                 del sys.modules[name]
-        raise Unusable(f"they cannot be loaded: {exc}") from None
+        raise Unusable(f"they cannot be loaded ({type(exc).__name__}: {exc})") from None
     return len(manifest.files)
 
 

@@ -19,6 +19,9 @@ from vllm_bootstrap import compiled
 ROOT = Path(__file__).resolve().parents[2]
 
 
+UP = "vllm_bootstrap.made.up"
+
+
 @pytest.fixture(autouse=True)
 def other_finders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
     """Without what this run may be using itself, and without what is added here."""
@@ -123,7 +126,7 @@ def test_what_does_not_fit_is_not_used_at_all(package: Path, other_finders: list
         compiled.use(package)
     assert not isinstance(raised.value, compiled.NotCompiled)
     assert sys.meta_path == other_finders
-    assert not compile_modules.is_current(package)
+    assert not compile_modules.is_current(package, {UP: package / "made" / "up.py"})
 
 
 def test_a_process_that_has_imported_one_of_them_goes_on_with_the_sources(package: Path) -> None:
@@ -151,9 +154,12 @@ def test_all_of_gateway_and_scheduler_is_compiled_but_for_what_says_why_not() ->
 def test_what_was_made_from_the_same_sources_by_the_same_compiler_is_kept(
     package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert compile_modules.is_current(package)
+    wanted = {UP: package / "made" / "up.py"}
+    assert compile_modules.is_current(package, wanted)
+    assert not compile_modules.is_current(package, {**wanted, "vllm_bootstrap.made.more": package})
+    assert not compile_modules.is_current(package, {})
     monkeypatch.setattr(compile_modules, "compiler", lambda: "mypy 99")
-    assert not compile_modules.is_current(package)
+    assert not compile_modules.is_current(package, wanted)
 
 
 def test_types_that_machine_code_relies_on_belong_to_its_sources() -> None:
@@ -188,7 +194,7 @@ def test_what_cannot_be_imported_is_not_installed(package: Path, tmp_path: Path)
 def test_what_is_new_counts_all_at_once_and_old_folders_go(
     package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home, name = compiled.folder(package), "vllm_bootstrap.made.up"
+    home, name = compiled.folder(package), UP
     tried: list[dict[str, Path]] = []
     monkeypatch.setattr(compile_modules, "try_to_import", lambda files, _package: tried.append(files))
     (home / "young").mkdir()
@@ -197,7 +203,7 @@ def test_what_is_new_counts_all_at_once_and_old_folders_go(
     twins = made(tmp_path, name, "as if")
     sources = {"made/up.py": compiled.fingerprint(package / "made" / "up.py")}
     compile_modules.install(twins, package, {name: package / "made" / "up.py"}, sources)
-    assert compile_modules.is_current(package)
+    assert compile_modules.is_current(package, {name: package / "made" / "up.py"})
     assert [file.read_text() for file in tried[0].values()] == ["as if"]
     assert compiled.read_manifest(package).files[name][1] == len("as if")
     assert (home / "young").is_dir()

@@ -59,8 +59,8 @@ class Outbox:
 
 class HeldTransport:
     """A stream transport whose writes wait in an ``Outbox``. All else is the transport's own. ``inner`` is for who must
-    not pay for a detour; nobody else writes to it. (An ``asyncio.Transport`` but by name: who inherits from what is not
-    compiled is not compiled to much, see ``vllm_bootstrap.compiled``.)"""
+    not pay for a detour; nobody else writes to it. (An ``asyncio.Transport`` in all but name: mypyc makes fast code
+    only of classes whose bases are compiled too.)"""
 
     __slots__ = ("_held", "_outbox", "inner")
 
